@@ -24,29 +24,30 @@ from torch import Tensor
 
 from ... import precision
 from ...rows import Block, Rows
-from .blocks import MIN_INNER, blocks, uses_dual
+from .blocks import STRIP, blocks, uses_dual
 
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
 _NORM_CHUNK = 1 << 17
 
 
 class Statistics(NamedTuple):
-    """What a group's forward pass leaves for its backward pass: V views, P problems."""
+    """What a group's forward pass leaves for its backward pass; problems first, so that a block is a slice."""
 
-    hi: Tensor  # (V, P, D) column means, rounded
-    lo: Tensor  # (V, P, D) means of what hi leaves
-    v: Tensor  # (V, P, D) variances
-    vhat: Tensor  # (V, P, D) variances of the product's operand; dual only, else (0,)
-    M: Tensor  # (V, P, M, M); (0,) where no covariance was asked for
+    hi: Tensor  # (P, V, D) column means, rounded
+    lo: Tensor  # (P, V, D) means of what hi leaves
+    v: Tensor  # (P, V, D) variances
+    vhat: Tensor  # (P, V, D) variances of the product's operand: v itself unless a faster product rounds it
+    M: Tensor  # (P, V, M, M); (0,) where no covariance was asked for
 
 
 def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
-    """One block of every view: a fresh tensor (V, p, n, d)."""
+    """One block of every view: a fresh tensor (p, V, n, d)."""
     parts = [view.read(block) for view in views]
     if all(part.dtype == dtype for part in parts):
-        return torch.stack(parts)
-    z = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
-    for into, part in zip(z.unbind(0), parts, strict=True):
+        return torch.stack(parts, dim=1)
+    p, n, d = parts[0].shape
+    z = parts[0].new_empty((p, len(parts), n, d), dtype=dtype)
+    for into, part in zip(z.unbind(1), parts, strict=True):
         into.copy_(part)
     return z
 
@@ -55,21 +56,21 @@ def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
     """Add scale * o o' (dual) or scale * o'o to M (B, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
     side = M.shape[-1]
-    if side < 2 * MIN_INNER:
+    if side < 2 * STRIP:
         M.baddbmm_(left, left.mT, alpha=scale)
         return
     for m, a in zip(M.unbind(0), left.unbind(0), strict=True):
-        for top in range(0, side, MIN_INNER):
-            bottom = min(top + MIN_INNER, side)
+        for top in range(0, side, STRIP):
+            bottom = min(top + STRIP, side)
             m[top:bottom, :bottom].addmm_(a[top:bottom], a[:bottom].t(), alpha=scale)
 
 
 def _mirror(M: Tensor) -> None:
     """Fill what :func:`_add_gram` leaves out: the strips above the diagonal of a large M."""
     side = M.shape[-1]
-    if side >= 2 * MIN_INNER:
-        for top in range(MIN_INNER, side, MIN_INNER):
-            bottom = min(top + MIN_INNER, side)
+    if side >= 2 * STRIP:
+        for top in range(STRIP, side, STRIP):
+            bottom = min(top + STRIP, side)
             M[..., :top, top:bottom] = M[..., top:bottom, :top].mT
 
 
@@ -82,11 +83,11 @@ def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _join_chunks(
-    counts: list[int], means: list[Tensor], squares: list[Tensor], M: Tensor | None
+    counts: list[int], means: list[Tensor], squares: list[Tensor], m: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Chan's formula: mean and sum of squared deviations of joined chunks; M gets what lies between chunks.
+    """Chan's formula: mean and sum of squared deviations of joined chunks; m gets what lies between chunks.
 
-    means and squares are (V, p, D) each, in the type of scalars.
+    means and squares are (p, V, D) each, in the type of scalars; m is (p*V, D, D).
     """
     if len(counts) == 1:
         return means[0], squares[0]
@@ -95,10 +96,10 @@ def _join_chunks(
     # Relative to the first chunk, so that equal means stay exactly equal.
     offsets = torch.stack(means) - means[0]
     offset = (offsets * n).sum(0) / total
-    between = (offsets - offset) * n.sqrt()  # (K, V, p, D)
-    if M is not None:
-        b = between.movedim(0, 2).flatten(0, 1).to(M.dtype)
-        M.baddbmm_(b.mT, b, alpha=1 / (total - 1))
+    between = (offsets - offset) * n.sqrt()  # (K, p, V, D)
+    if m is not None:
+        b = between.movedim(0, 2).flatten(0, 1).to(m.dtype)
+        m.baddbmm_(b.mT, b, alpha=1 / (total - 1))
     return means[0] + offset, torch.stack(squares).sum(0) + between.square().sum(0)
 
 
@@ -113,7 +114,7 @@ def terms(
 ) -> tuple[Tensor, Statistics]:
     """(inv, var, cov) as one tensor (3,), unweighted, and what the gradient needs.
 
-    Reads each view once.  12 to 20 launches a block; memory: one block per view, its squares, and M.
+    Reads each view once; works in one block of every view, its squares, and M.
     """
     V = len(views)
     P, N, D = views[0].shape
@@ -122,27 +123,27 @@ def terms(
     wide = precision.scalar_dtype(device)
     dual = uses_dual(N, D)
     side = N if dual else D
-    hi, lo, v = (torch.empty(V, P, D, dtype=dtype, device=device) for _ in range(3))
+    hi, lo, v = (torch.empty(P, V, D, dtype=dtype, device=device) for _ in range(3))
     rounds = dual and covariance and product != "ieee"
     vhat = torch.empty_like(v) if rounds else v
-    M = torch.zeros(V, P, side, side, dtype=dtype, device=device) if covariance else v.new_empty(0)
+    M = torch.zeros(P, V, side, side, dtype=dtype, device=device) if covariance else v.new_empty(0)
     inv = torch.zeros((), dtype=wide, device=device)
 
     for group, parts in blocks(V, P, N, D):
-        m = M[:, group].flatten(0, 1) if covariance else None  # a copy where it is not a view: see below
+        m = M[group].flatten(0, 1) if covariance else None  # a view: both dimensions are contiguous
         counts, means, squares = [], [], []
         for block in parts:
             z = _read(views, block, dtype)
             for i, j in pairs:
-                d = z[i] - z[j]
+                d = z[:, i] - z[:, j]
                 inv = inv + d.mul_(d).sum().to(wide)
             mean = z.mean(dim=2)
             z -= mean[:, :, None]
             rest = z.mean(dim=2)
             z -= rest[:, :, None]
             square = (z * z).sum(dim=2)
-            at = (slice(None), group, block.features)
             if dual:
+                at = (group, slice(None), block.features)
                 hi[at], lo[at] = mean, rest
                 v[at] = square / (N - 1)
             else:
@@ -155,23 +156,94 @@ def terms(
                     vhat[at] = (o * o).sum(dim=2) / (N - 1)
                 _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
         if not dual:
-            mean, square = _join_chunks(counts, means, squares, m)
-            hi[:, group] = mean.to(dtype)
-            lo[:, group] = (mean - hi[:, group]).to(dtype)
-            v[:, group] = (square / (N - 1)).to(dtype)
+            center, square = _join_chunks(counts, means, squares, m)
+            hi[group] = center.to(dtype)
+            lo[group] = (center - hi[group]).to(dtype)
+            v[group] = (square / (N - 1)).to(dtype)
         if m is not None:
             _mirror(m)
             if not dual:
                 m.diagonal(dim1=-2, dim2=-1).zero_()
-            M[:, group] = m.unflatten(0, (V, -1))
 
     var = (gamma - (v.to(wide) + eps).sqrt()).relu().mean()
+    cov = torch.zeros_like(var)
     if covariance:
         norm = _sum_of_squares(M, wide)
         if dual:
             norm = (norm - _sum_of_squares(vhat, wide)).clamp_min(0)
-        cov = norm / (V * P * D)
-    else:
-        cov = torch.zeros_like(var)
+        cov = norm / (P * V * D)
     inv = inv / (max(1, len(pairs)) * P * N * D)
     return torch.stack((inv, var, cov)).to(dtype), Statistics(hi, lo, v, vhat, M)
+
+
+def gradient(
+    views: Sequence[Rows],
+    pairs: Sequence[tuple[int, int]],
+    statistics: Statistics,
+    upstream: Tensor,
+    totals: Sequence[Tensor | None],
+    *,
+    gamma: float,
+    eps: float,
+    product: str,
+    wanted: Sequence[bool],
+) -> None:
+    """Add the gradient of ``upstream`` (3,) times (inv, var, cov) to ``totals``, one a view, None: not needed.
+
+    ``wanted`` says which terms have an upstream gradient at all; a product that nobody asked for is not formed,
+    and an infinite term that nobody asked for spoils nothing.
+    """
+    V = len(views)
+    P, N, D = views[0].shape
+    wants_inv, wants_var, wants_cov = wanted
+    active = [view for view in range(V) if totals[view] is not None]
+    every = len(active) == V
+    dtype = statistics.hi.dtype
+    dual = uses_dual(N, D)
+    inv_up, var_up, cov_up = upstream.to(dtype).unbind()
+
+    scale = cov_up * (4 / (P * V * D * (N - 1)))
+    column = torch.zeros_like(statistics.v)  # the factor of c_nd that does not depend on n
+    if wants_var:
+        std = (statistics.v + eps).sqrt()
+        column = torch.where((std < gamma) & (std > 0), -var_up / (P * V * D * (N - 1) * std), column)
+    rounds = product != "ieee"
+    operand_column = torch.zeros_like(column) if rounds else column
+    if wants_cov and dual:
+        operand_column -= scale * statistics.vhat
+
+    def chosen(t: Tensor) -> Tensor:
+        return t if every else t[:, active]
+
+    for group, parts in blocks(V, P, N, D):
+        A = None
+        if wants_cov:
+            A = (chosen(statistics.M[group]) * scale).flatten(0, 1)
+            if not dual and not rounds:
+                A.diagonal(dim1=-2, dim2=-1).copy_(chosen(column[group]).flatten(0, 1))
+        for block in parts:
+            z = _read(views, block, dtype)
+            g = torch.zeros_like(chosen(z))
+            if wants_inv:
+                for i, j in pairs:
+                    d = (z[:, i] - z[:, j]).mul_(inv_up * (2 / (len(pairs) * P * N * D)))
+                    if i in active:
+                        g[:, active.index(i)] += d
+                    if j in active:
+                        g[:, active.index(j)] -= d
+            if wants_var or wants_cov:
+                at = (group, slice(None), None, block.features)
+                c = chosen(z)
+                c = c.sub_(chosen(statistics.hi[at])).sub_(chosen(statistics.lo[at]))
+                o = precision.round_operand(c, product)
+                if rounds:
+                    g.addcmul_(c, chosen(column[at]))
+                if dual or rounds or A is None:
+                    g.addcmul_(o, chosen(operand_column[at]))
+                if A is not None:
+                    o = o.flatten(0, 1)
+                    g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
+            for view, values in zip(active, g.unbind(1), strict=True):
+                total = totals[view]
+                assert total is not None
+                views[view].add_to(total, block, values)
