@@ -12,7 +12,7 @@ that was never formed (140 % wrong on decorrelated features at N = D = 1024; 1e-
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -61,15 +61,13 @@ def round_operand(c: Tensor, product: str) -> Tensor:
 
 
 @contextmanager
-def product_mode(product: str, device: torch.device) -> Iterator[None]:
-    """Make cuBLAS form float32 products as ``product`` says, whatever the global setting is."""
-    if device.type != "cuda":
+def exact_products(product: str, device: torch.device) -> Iterator[None]:
+    """Form products as ``product`` says, whatever autocast and torch's global setting would make of them."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            matmul = torch.backends.cuda.matmul
+            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            matmul.fp32_precision = "ieee" if product == "ieee" else "tf32"
         yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee" if product == "ieee" else "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

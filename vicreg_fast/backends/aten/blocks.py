@@ -1,4 +1,4 @@
-"""Which side the covariance is computed on, and how a view is cut into blocks.
+"""How views are cut into blocks.
 
 A block is centred in a buffer that stays in the cache, so the data are read from memory once a pass and working
 memory does not grow with the batch.
@@ -6,7 +6,7 @@ memory does not grow with the batch.
 
 from collections.abc import Iterator
 
-from ...rows import Block
+from ...rows import Block, uses_dual
 
 # Elements of one block over all its views.  2^19 float32 are 2 MiB, the second-level cache of one current core;
 # 2^17 and 2^21 were 5 to 20 % slower on 256x8192 and 655360x64.
@@ -15,11 +15,6 @@ BLOCK_ELEMENTS = 1 << 19
 MIN_INNER = 256
 # A symmetric M is computed in strips of this many rows, on and below the diagonal.
 STRIP = 256
-
-
-def uses_dual(N: int, D: int) -> bool:
-    """Whether the N x N side is taken: smaller, and far enough from N = D to subtract safely."""
-    return 5 * N <= 4 * D
 
 
 def blocks(V: int, P: int, N: int, D: int) -> Iterator[tuple[slice, list[Block]]]:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...rows import Block, Rows
-from .blocks import STRIP, blocks, uses_dual
+from ...rows import Block, Rows, uses_dual
+from .blocks import STRIP, blocks
 
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
 _NORM_CHUNK = 1 << 17
@@ -187,10 +187,11 @@ def gradient(
     eps: float,
     product: str,
     wanted: Sequence[bool],
+    add: bool,
 ) -> None:
-    """Add the gradient of ``upstream`` (3,) times (inv, var, cov) to ``totals``, one a view, None: not needed.
+    """Store the gradient of ``upstream`` (3,) times (inv, var, cov) in ``totals``, one a view, None: not needed.
 
-    ``wanted`` says which terms have an upstream gradient at all; a product that nobody asked for is not formed,
+    With ``add``, totals may be shared between views and start from zero.  ``wanted`` says which terms have an upstream gradient at all; a product that nobody asked for is not formed,
     and an infinite term that nobody asked for spoils nothing.
     """
     V = len(views)
@@ -246,4 +247,4 @@ def gradient(
             for view, values in zip(active, g.unbind(1), strict=True):
                 total = totals[view]
                 assert total is not None
-                views[view].add_to(total, block, values)
+                views[view].store(total, block, values, add)

@@ -1,0 +1,107 @@
+"""The one autograd.Function of the losses: composes the stages, says what is saved, weighs the terms."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operators, second_order
+from .multiview import Plan
+
+Weight = float | Tensor
+
+
+class WeightedTerms(NamedTuple):
+    """The terms of one group times their weights, and their sum: scalars, each with storage of its own."""
+
+    inv: Tensor
+    var: Tensor
+    cov: Tensor
+    total: Tensor
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+class _WeightedTerms(torch.autograd.Function):
+    """forward(plan, number of sources, 3 weights, *sources, *indices) -> 4 scalars a group."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, sources, indices = tensors[:3], tensors[3 : 3 + count], tensors[3 + count :]
+        terms, *saved = operators.terms(plan, sources, indices)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.count, ctx.index_count = plan, count, len(indices)
+        ctx.weights = tuple(None if isinstance(w, Tensor) else w for w in weights)
+        ctx.save_for_backward(
+            terms, *(w for w in weights if isinstance(w, Tensor)), *sources, *indices, *saved
+        )
+        outputs = []
+        for group in terms.unbind():
+            weighted = [(w * t).to(t.dtype) for w, t in zip(weights, group.unbind(), strict=True)]
+            outputs += [*weighted, weighted[0] + weighted[1] + weighted[2]]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        plan, count = ctx.plan, ctx.count
+        terms, *rest = ctx.saved_tensors
+        weights = [rest.pop(0) if w is None else w for w in ctx.weights]
+        split = count + ctx.index_count
+        sources, indices, saved = rest[:count], rest[count:split], rest[split:]
+        needs_weights, needs = ctx.needs_input_grad[2:5], ctx.needs_input_grad[5 : 5 + count]
+
+        # Per group: what multiplies each unweighted term once its weight is applied; None: nothing.
+        reached = [
+            [_add(upstream[at + k], upstream[at + 3]) for k in range(3)] for at in range(0, len(upstream), 4)
+        ]
+        scaled = [
+            [None if up is None else up * w for up, w in zip(group, weights, strict=True)] for group in reached
+        ]
+        differentiable = torch.is_grad_enabled()
+
+        weight_grads: list[Tensor | None] = [None] * 3
+        if any(needs_weights):
+            if differentiable:
+                terms = unweighted_terms(plan, sources, indices)
+            for k, (w, need) in enumerate(zip(weights, needs_weights, strict=True)):
+                if not need:
+                    continue
+                total = None
+                for group, values in zip(reached, terms.unbind(), strict=True):
+                    total = _add(total, None if group[k] is None else group[k] * values[k])
+                weight_grads[k] = None if total is None else total.to(w.device, w.dtype).reshape(w.shape)
+
+        grads: list[Tensor | None] = [None] * count
+        if any(needs) and any(up is not None for group in scaled for up in group):
+            if differentiable:
+                found = second_order.gradient(plan, sources, indices, scaled, needs)
+            else:
+                zero = terms.new_zeros(())
+                flat = [zero if up is None else up.to(terms.dtype) for group in scaled for up in group]
+                wanted = [up is not None for group in scaled for up in group]
+                together = torch.stack([up.reshape(()) for up in flat]).view(-1, 3)
+                found = operators.gradient(plan, sources, indices, saved, together, wanted, needs)
+            remaining = iter(found)
+            grads = [next(remaining) if need else None for need in needs]
+        return None, None, *weight_grads, *grads, *([None] * len(indices))
+
+
+def weighted_terms(
+    plan: Plan, weights: Sequence[Weight], sources: Sequence[Tensor], indices: Sequence[Tensor] = ()
+) -> list[WeightedTerms]:
+    """Per group of the plan, the weighted terms and their sum."""
+    flat = _WeightedTerms.apply(plan, len(sources), *weights, *sources, *indices)
+    return [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
+
+
+def unweighted_terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """The terms as one differentiable tensor (G, 3)."""
+    groups = weighted_terms(plan, (1.0, 1.0, 1.0), sources, indices)
+    return torch.stack([torch.stack(group[:3]) for group in groups])
+
+

@@ -1,0 +1,103 @@
+"""Nearest-neighbour patch matching.
+
+    d(q, c) = sum_a (q_a - c_a)^2                                up to three coordinates: locations
+            = |q - s|^2 + |c - s|^2 - 2 (q - s).(c - s)          longer rows: features
+
+s is one vector for both maps, the candidates' mean: it cancels in the distance, and the products no longer
+subtract two large numbers (at mean 10 sigma the nearest distance's error falls from 1.7e-2 to 1e-4).  Row minima
+and column minima of one tile are the matches of both directions; no (B, P1, P2) matrix exists.
+
+Locations are added up one axis at a time, multiplication and addition apart, so that exact ties stay exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import precision
+
+# Elements of one tile of distances: 2^19 float32 stay in the second-level cache.
+TILE_ELEMENTS = 1 << 19
+# Rows this short are locations.
+MAX_COORDINATES = 3
+
+
+class Nearest(NamedTuple):
+    """Each query's nearest candidate: an ordering value and its number, (B, P1) each."""
+
+    value: Tensor
+    candidate: Tensor
+
+
+def _center(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps less the candidates' mean; a row that is not finite does not reach the mean."""
+    shift = candidates.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).mean(dim=1, keepdim=True)
+    return queries - shift, candidates - shift
+
+
+def _finite_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with zeros in place of those that are not finite, and the squared norms of the originals."""
+    norm = rows.square().sum(-1)
+    # The norm of a row with an infinity or a NaN says which; its products would turn infinity into NaN.
+    return torch.where(norm.isfinite()[..., None], rows, 0), norm
+
+
+def _location_tile(queries: Tensor, candidates: Tensor) -> Tensor:
+    tile: Tensor | None = None
+    for q, c in zip(queries.unbind(-1), candidates.unbind(-1), strict=True):
+        d = q[:, :, None] - c[:, None, :]
+        d *= d
+        tile = d if tile is None else tile.add_(d)
+    assert tile is not None  # there is at least one coordinate
+    return tile
+
+
+def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
+    """Both directions: nearest candidate of every query, nearest query of every candidate.
+
+    queries (B, P1, C), candidates (B, P2, C), any floating types and strides.  NaN is never nearer than a number,
+    infinity included; equal distances go to the lowest number.
+    """
+    dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
+    B, P1, C = queries.shape
+    P2 = candidates.shape[1]
+    device = queries.device
+    rows = Nearest(
+        torch.empty(B, P1, dtype=dtype, device=device), torch.empty(B, P1, dtype=torch.int64, device=device)
+    )
+    columns = Nearest(
+        torch.full((B, P2), torch.inf, dtype=dtype, device=device),
+        torch.zeros(B, P2, dtype=torch.int64, device=device),
+    )
+    images = max(1, TILE_ELEMENTS // (P1 * P2))
+    step = min(P1, max(1, TILE_ELEMENTS // P2))
+    for first in range(0, B, images):
+        group = slice(first, first + images)
+        q, c = queries[group].to(dtype), candidates[group].to(dtype)
+        if C > MAX_COORDINATES:
+            q, c = _center(q, c)
+            q, q_norm = _finite_rows(q)
+            c, c_norm = _finite_rows(c)
+        for top in range(0, P1, step):
+            part = slice(top, top + step)
+            if C > MAX_COORDINATES:
+                tile = torch.baddbmm(q_norm[:, part, None], q[:, part], c.mT, alpha=-2)
+                tile += c_norm[:, None, :]
+            else:
+                tile = _location_tile(q[:, part], c)
+            tile.nan_to_num_(nan=torch.inf, posinf=torch.finfo(dtype).max)
+            rows.value[group, part], rows.candidate[group, part] = tile.min(dim=2)
+            value, query = tile.min(dim=1)
+            nearer = value < columns.value[group]  # an equal one further down does not replace the first
+            columns.value[group] = torch.where(nearer, value, columns.value[group])
+            columns.candidate[group] = torch.where(nearer, query + top, columns.candidate[group])
+    return rows, columns
+
+
+def select(found: Nearest, num_matches: int, match_order: str) -> tuple[Tensor, Tensor]:
+    """The ``num_matches`` queries nearest to their candidates: (query, candidate), (B, m) each."""
+    query = found.value.sort(dim=1, stable=True).indices[:, :num_matches]
+    if match_order == "patch":
+        query = query.sort(dim=1).values
+    return query.contiguous(), found.candidate.gather(1, query)

@@ -1,0 +1,164 @@
+"""Every error message.  Checks look at types, shapes, devices and Python numbers: none reads a device."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .precision import PRECISIONS
+
+STATISTICS = ("image", "slot")
+MATCH_ORDERS = ("distance", "patch")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COORDINATES = (2, 3)
+
+
+def _show(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    """``value`` is one of ``known``."""
+    if not any(value is k or (isinstance(value, str) and value == k) for k in known):
+        raise ValueError(f"{name} needs one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def backend_and_precision(backend: object, precision: object) -> None:
+    """Both are known."""
+    one_of("backend", backend, BACKENDS)
+    one_of("precision", precision, PRECISIONS)
+
+
+def _number(name: str, value: object, need: str) -> float | None:
+    """The value of a real number; None for a tensor on another device than the CPU, which is not read."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{name} needs {need}, got {type(value).__name__} {_show(value)}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} needs {need} with one element, got {_show(value)} of {value.dtype}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return float(value.detach())
+    return float(value)
+
+
+def coefficient(name: str, value: object) -> None:
+    """A finite number, of either sign, or a tensor with one element (read only where it lies on the CPU)."""
+    number = _number(name, value, "a number or a tensor")
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} needs a finite number, got {number}")
+
+
+def nonnegative(name: str, value: object) -> float:
+    """A finite number of at least 0, as a float."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} needs a Python number, got {_show(value)}")
+    number = _number(name, value, "a number")
+    if number is None or not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} needs a finite number >= 0, got {number}")
+    return number
+
+
+def alpha(value: object) -> float:
+    """A number in [0, 1]: it decides which parts are computed, so it cannot stay on a device."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"alpha needs a Python number in [0, 1], got {_show(value)}")
+    number = _number("alpha", value, "a number in [0, 1]")
+    if number is None or not 0.0 <= number <= 1.0:
+        raise ValueError(f"alpha needs a number in [0, 1], got {number}")
+    return number
+
+
+def num_matches(value: object, statistics: str) -> int:
+    """A whole number of at least 1; per-image statistics need two samples, so at least 2 there."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"num_matches needs a whole number, got {type(value).__name__} {_show(value)}")
+    least = 2 if statistics == "image" else 1
+    if value < least:
+        because = " with statistics='image', whose samples are an image's matches" if least == 2 else ""
+        raise ValueError(f"num_matches needs to be at least {least}{because}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers: bool = False) -> None:
+    """Floating tensors of ``ndim`` dimensions (None: at least two) on one device."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} needs a tensor of shape {shape}, got {type(value).__name__}")
+        if value.ndim != ndim if ndim is not None else value.ndim < 2:
+            raise ValueError(f"{name} needs shape {shape}, got {tuple(value.shape)}")
+        allowed = value.dtype in _FLOATING
+        if integers and not allowed:
+            allowed = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if not allowed:
+            raise TypeError(
+                f"{name} needs dtype float16, bfloat16, float32 or float64, got {str(value.dtype)[6:]}"
+            )
+    (first, a), *others = named.items()
+    for name, b in others:
+        if b.device != a.device:
+            raise ValueError(f"{name} needs the device of {first}, {a.device}, got {b.device}")
+
+
+def samples(name: str, count: int, need: int = 2) -> None:
+    """At least two samples, of the global batch where it is gathered."""
+    if count < need:
+        raise ValueError(f"{name} needs at least {need} samples to have a variance, got {count}")
+
+
+def views(named: Mapping[str, Any], ndim: int | None = None, *, count_samples: bool = True) -> None:
+    """Embeddings of one shape (..., N, D) on one device, N >= 2 and D >= 1."""
+    tensors(named, ndim, "(N, D)" if ndim == 2 else "(..., N, D)")
+    (first, a), *others = named.items()
+    for name, b in others:
+        if b.shape != a.shape:
+            raise ValueError(f"{name} needs the shape of {first}, {tuple(a.shape)}, got {tuple(b.shape)}")
+    if a.shape[-1] < 1:
+        raise ValueError(f"{first} needs at least 1 feature, got shape {tuple(a.shape)}")
+    if count_samples:
+        samples(first, a.shape[-2])
+    if math.prod(a.shape[:-2]) < 1:
+        raise ValueError(f"{first} needs at least 1 problem in its leading dimensions, got {tuple(a.shape)}")
+
+
+def _same(name: str, value: Tensor, first: str, other: Tensor, dims: tuple[int, ...], what: str) -> None:
+    got, need = tuple(value.shape[d] for d in dims), tuple(other.shape[d] for d in dims)
+    if got != need:
+        raise ValueError(
+            f"{name} needs the {what} of {first}, {tuple(other.shape)}, got shape {tuple(value.shape)}"
+        )
+
+
+def patches(queries: tuple[str, Any], candidates: tuple[str, Any]) -> None:
+    """Two maps (B, P1, C), (B, P2, C) with at least one image, patch and channel each."""
+    tensors(dict((queries, candidates)), 3, "(B, P, C)")
+    for name, value in (queries, candidates):
+        if value.numel() == 0:
+            raise ValueError(f"{name} needs at least 1 image, patch and channel, got shape {tuple(value.shape)}")
+    _same(candidates[0], candidates[1], queries[0], queries[1], (0, 2), "images and channels")
+
+
+def enough_patches(name: str, patches: Tensor, num_matches: int) -> None:
+    """As many query patches as matches are asked for."""
+    if patches.shape[1] < num_matches:
+        raise ValueError(
+            f"num_matches={num_matches} needs as many patches in {name}, got shape {tuple(patches.shape)}"
+        )
+
+
+def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matches: int) -> None:
+    """Both views' maps (B, P, C) and their patches' locations (B, P, 2) or (B, P, 3)."""
+    (first, x1), (second, x2) = maps.items()
+    patches((first, x1), (second, x2))
+    for name, value in maps.items():
+        enough_patches(name, value, num_matches)
+    tensors({first: x1, **locations}, 3, "(B, P, 2)", integers=True)
+    for (name, value), (map_name, map_) in zip(locations.items(), maps.items(), strict=True):
+        _same(name, value, map_name, map_, (0, 1), "images and patches")
+        if value.shape[2] not in _COORDINATES:
+            raise ValueError(f"{name} needs 2 or 3 coordinates in its last dimension, got {tuple(value.shape)}")
+    (name_1, l1), (name_2, l2) = locations.items()
+    _same(name_2, l2, name_1, l1, (2,), "coordinates")

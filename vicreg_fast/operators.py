@@ -1,0 +1,138 @@
+"""The backends' stages behind one call each: direct in eager mode, opaque operators while compiling.
+
+A registered operator costs tens of microseconds more than the call, and a traced loop over blocks would put
+thousands of nodes in a graph; so eager code calls the stage and traced code the operator.  The operators have no
+autograd of their own: :mod:`vicreg_fast.autograd` differentiates both.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, precision
+from .multiview import Plan
+from .rows import uses_dual
+
+
+def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """[terms (G, 3), then the statistics of every group]."""
+    if torch.compiler.is_compiling():
+        return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
+    return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
+
+
+def gradient(
+    plan: Plan,
+    sources: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    upstream: Tensor,
+    wanted: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the sources that ``needs`` marks."""
+    if torch.compiler.is_compiling():
+        return torch.ops.vicreg_fast.gradient(sources, indices, saved, upstream, wanted, needs, *plan)  # type: ignore[no-any-return]
+    stages = backends.stages(plan.backend)
+    return stages.gradient(plan, sources, indices, saved, upstream, wanted, needs)  # type: ignore[no-any-return]
+
+
+def match(
+    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+) -> list[Tensor]:
+    """[query, candidate] of queries -> candidates and [query, candidate] of candidates -> queries."""
+    queries, candidates = queries.detach(), candidates.detach()
+    if torch.compiler.is_compiling():
+        return torch.ops.vicreg_fast.match(queries, candidates, num_matches, match_order, backend)  # type: ignore[no-any-return]
+    return backends.stages(backend).match(queries, candidates, num_matches, match_order)  # type: ignore[no-any-return]
+
+
+_PLAN = (
+    "int[] view_source, int[] group_sizes, int[] pairs, bool across, float gamma, float eps, "
+    "str? precision, bool covariance, str backend"
+)
+torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
+torch.library.define(
+    "vicreg_fast::gradient",
+    "(Tensor[] sources, Tensor[] indices, Tensor[] saved, Tensor upstream, bool[] wanted, bool[] needs, "
+    f"{_PLAN}) -> Tensor[]",
+)
+torch.library.define(
+    "vicreg_fast::match",
+    "(Tensor queries, Tensor candidates, SymInt num_matches, str match_order, str backend) -> Tensor[]",
+)
+
+
+@torch.library.impl("vicreg_fast::terms", "default")
+def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
+    plan = Plan(*constants)
+    outputs = backends.stages(plan.backend).terms(plan, sources, indices)
+    # An operator's outputs may not share storage; statistics may (vhat is v where nothing is rounded).
+    seen: set[int] = set()
+    for number, output in enumerate(outputs):
+        if output.numel() and output.data_ptr() in seen:
+            outputs[number] = output.clone()
+        seen.add(output.data_ptr())
+    return outputs  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("vicreg_fast::terms")
+def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
+    plan = Plan(*constants)
+    dtype = precision.accumulation_dtype([s.dtype for s in sources])
+    new = sources[0].new_empty
+    outputs = [new((len(plan.group_sizes), 3), dtype=dtype)]
+    for group in plan.groups(sources, indices):
+        V = len(group)
+        P, N, D = group[0][1].shape
+        side = N if uses_dual(N, D) else D
+        outputs.extend(new((P, V, D), dtype=dtype) for _ in range(4))
+        outputs.append(new((P, V, side, side) if plan.covariance else (0,), dtype=dtype))
+    return outputs
+
+
+@torch.library.impl("vicreg_fast::gradient", "default")
+def _gradient(
+    sources: list[Tensor],
+    indices: list[Tensor],
+    saved: list[Tensor],
+    upstream: Tensor,
+    wanted: list[bool],
+    needs: list[bool],
+    *constants: Any,
+) -> list[Tensor]:
+    plan = Plan(*constants)
+    stages = backends.stages(plan.backend)
+    return stages.gradient(plan, sources, indices, saved, upstream, wanted, needs)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("vicreg_fast::gradient")
+def _fake_gradient(
+    sources: list[Tensor],
+    indices: list[Tensor],
+    saved: list[Tensor],
+    upstream: Tensor,
+    wanted: list[bool],
+    needs: list[bool],
+    *constants: Any,
+) -> list[Tensor]:
+    return [source.new_empty(source.shape) for source, need in zip(sources, needs, strict=True) if need]
+
+
+@torch.library.impl("vicreg_fast::match", "default")
+def _match(
+    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+) -> list[Tensor]:
+    return backends.stages(backend).match(queries, candidates, num_matches, match_order)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("vicreg_fast::match")
+def _fake_match(
+    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+) -> list[Tensor]:
+    def index(rows: Tensor) -> Tensor:
+        return rows.new_empty((rows.shape[0], min(num_matches, rows.shape[1])), dtype=torch.int64)
+
+    return [index(queries), index(queries), index(candidates), index(candidates)]
