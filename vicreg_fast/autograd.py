@@ -37,9 +37,7 @@ class _WeightedTerms(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.count, ctx.index_count = plan, count, len(indices)
         ctx.weights = tuple(None if isinstance(w, Tensor) else w for w in weights)
-        ctx.save_for_backward(
-            terms, *(w for w in weights if isinstance(w, Tensor)), *sources, *indices, *saved
-        )
+        ctx.save_for_backward(terms, *(w for w in weights if isinstance(w, Tensor)), *sources, *indices, *saved)
         outputs = []
         for group in terms.unbind():
             weighted = [(w * t).to(t.dtype) for w, t in zip(weights, group.unbind(), strict=True)]
@@ -103,5 +101,3 @@ def unweighted_terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Te
     """The terms as one differentiable tensor (G, 3)."""
     groups = weighted_terms(plan, (1.0, 1.0, 1.0), sources, indices)
     return torch.stack([torch.stack(group[:3]) for group in groups])
-
-

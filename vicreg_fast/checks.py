@@ -137,7 +137,9 @@ def patches(queries: tuple[str, Any], candidates: tuple[str, Any]) -> None:
     tensors(dict((queries, candidates)), 3, "(B, P, C)")
     for name, value in (queries, candidates):
         if value.numel() == 0:
-            raise ValueError(f"{name} needs at least 1 image, patch and channel, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} needs at least 1 image, patch and channel, got shape {tuple(value.shape)}"
+            )
     _same(candidates[0], candidates[1], queries[0], queries[1], (0, 2), "images and channels")
 
 
@@ -162,3 +164,11 @@ def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matc
             raise ValueError(f"{name} needs 2 or 3 coordinates in its last dimension, got {tuple(value.shape)}")
     (name_1, l1), (name_2, l2) = locations.items()
     _same(name_2, l2, name_1, l1, (2,), "coordinates")
+
+
+def distance_matrix(distances: Any, queries: Tensor, candidates: Tensor) -> None:
+    """Distances (B, P1, P2) of two maps."""
+    tensors({"distances": distances}, 3, "(B, P1, P2)")
+    need = (queries.shape[0], queries.shape[1], candidates.shape[1])
+    if tuple(distances.shape) != need:
+        raise ValueError(f"distances needs shape {need}, got {tuple(distances.shape)}")

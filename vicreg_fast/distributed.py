@@ -60,7 +60,10 @@ def exchange_counts(tensors: Mapping[str, Any], error: Exception | None, group: 
     for number, name in enumerate(tensors):
         at = 1 + number * width
         for rank, said in enumerate(ranks):
-            for first, here in ((ranks[0][at : at + 2], said[at : at + 2]), (ranks[0][at + 3 : at + width], said[at + 3 : at + width])):
+            for first, here in (
+                (ranks[0][at : at + 2], said[at : at + 2]),
+                (ranks[0][at + 3 : at + width], said[at + 3 : at + width]),
+            ):
                 if first != here:
                     raise ValueError(
                         f"{name} needs the same type and the same dimensions after the first on every rank, "

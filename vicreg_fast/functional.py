@@ -1,13 +1,15 @@
 """The losses as functions: checked arguments in, scalars out."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, operators, precision, reference
+from . import backends, checks, operators, reference
+from . import precision as policy
 from .autograd import Weight, WeightedTerms, weighted_terms
+from .backends.aten import matching
 from .multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
 from .reference import VICRegTerms
 
@@ -54,7 +56,7 @@ def vicreg_terms(
     >>> inv, var, cov = vicreg_terms(x, y)
     """
     checks.views({"x": x, "y": y})
-    terms = two_view_terms(x, y, _UNWEIGHTED, gamma, eps, backend, precision)
+    terms = two_view_terms(x, y, _UNWEIGHTED, Options(gamma, eps, backend, precision))
     return VICRegTerms(terms.inv, terms.var, terms.cov)
 
 
@@ -73,8 +75,7 @@ def variance_covariance(
     >>> var, cov = variance_covariance(torch.randn(256, 2048))
     """
     checks.views({"z": z})
-    terms = _one_view_terms(z, gamma, eps, backend, precision, covariance=True)
-    return terms.var, terms.cov
+    return one_view_terms(z, Options(gamma, eps, backend, precision))
 
 
 def match_patches(
@@ -110,18 +111,53 @@ def match_patches(
     m = queries.shape[1] if num_matches is None else checks.num_matches(num_matches, "slot")
     checks.enough_patches("queries", queries, m)
     with torch.no_grad():
-        query, candidate, *_ = _match(queries, candidates, m, "distance", backend)
-        dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
-        difference = _rows(queries, query).to(dtype) - _rows(candidates, candidate)
+        backend = backends.choose(backend, queries.device)
+        if backend == "reference":
+            query, candidate = reference.match(*accumulated(queries, candidates), m)
+        else:
+            query, candidate, *_ = operators.match(queries, candidates, m, "distance", backend)
+        chosen, nearest = accumulated(rows(queries, query), rows(candidates, candidate))
+        difference = chosen - nearest
         return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
 
 
-def _rows(maps: Tensor, index: Tensor) -> Tensor:
+def rows(maps: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, m) of maps (B, P, C), differentiable: (B, m, C)."""
     return maps[torch.arange(maps.shape[0], device=maps.device)[:, None], index]
 
 
-def _reference_inputs(*tensors: Tensor) -> list[Tensor]:
-    dtype = precision.accumulation_dtype([t.dtype for t in tensors])
+def ordering(queries: Tensor, candidates: Tensor) -> Tensor:
+    """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient."""
+    with torch.no_grad():
+        return matching.ordering(queries, candidates)
+
+
+def select_matches(distances: Tensor, num_matches: int) -> tuple[Tensor, Tensor]:
+    """Matches from a matrix of distances (B, P1, P2): (query, candidate), (B, m) each, nearest first."""
+    with torch.no_grad():
+        found = matching.Nearest(*matching.ordered(distances.clone()).min(dim=2))
+        return matching.select(found, num_matches, "distance")
+
+
+class Options(NamedTuple):
+    """What every loss is computed with."""
+
+    gamma: float = 1.0
+    eps: float = 0.0
+    backend: str = "auto"
+    precision: str | None = None
+
+    def checked(self) -> "Options":
+        """The same, with numbers as floats; raises where one is out of range or a name is unknown."""
+        checks.backend_and_precision(self.backend, self.precision)
+        return self._replace(
+            gamma=checks.nonnegative("gamma", self.gamma), eps=checks.nonnegative("eps", self.eps)
+        )
+
+
+def accumulated(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the one type in which their loss is computed."""
+    dtype = policy.accumulation_dtype([t.dtype for t in tensors])
     return [t.to(dtype) for t in tensors]
 
 
@@ -131,23 +167,59 @@ def _weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
 
 
 def _problems(z: Tensor) -> Tensor:
-    return z.reshape(-1, *z.shape[-2:]) if z.ndim != 3 else z
+    return z if z.ndim == 3 else z.reshape(-1, *z.shape[-2:])
 
 
-def two_view_terms(
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Weight],
-    gamma: float,
-    eps: float,
-    backend: str,
-    precision_: str | None,
-) -> WeightedTerms:
+def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:
     """Weighted terms and their sum, of checked views (..., N, D)."""
-    gamma, eps = _constants(gamma, eps, backend, precision_)
-    chosen = backends.choose(backend, x.device)
-    if chosen == "reference":
-        with precision.exact_products("ieee", x.device):
-            return _weigh(reference.vicreg_terms(*_reference_inputs(x, y), gamma, eps), weights)
-    plan = Plan(**TWO_VIEWS, across=False, gamma=gamma, eps=eps, precision=precision_, covariance=True, backend=chosen)
+    gamma, eps, backend, precision = options.checked()
+    backend = backends.choose(backend, x.device)
+    if backend == "reference":
+        with policy.exact_products("ieee", x.device):
+            return _weigh(reference.vicreg_terms(*accumulated(x, y), gamma, eps), weights)
+    plan = Plan(*TWO_VIEWS, False, gamma, eps, precision, True, backend)
     return weighted_terms(plan, weights, [_problems(x), _problems(y)])[0]
+
+
+def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tuple[Tensor, Tensor]:
+    """(var, cov) of one checked view (..., N, D); cov is zero where it is not asked for."""
+    gamma, eps, backend, precision = options.checked()
+    backend = backends.choose(backend, z.device)
+    if backend == "reference":
+        with policy.exact_products("ieee", z.device):
+            (z,) = accumulated(z)
+            return reference.variance(z, gamma, eps), reference.covariance(z)
+    plan = Plan(*ONE_VIEW, False, gamma, eps, precision, covariance, backend)
+    terms = weighted_terms(plan, _UNWEIGHTED, [_problems(z)])[0]
+    return terms.var, terms.cov
+
+
+def local_terms(
+    maps: tuple[Tensor, Tensor],
+    locations: tuple[Tensor, Tensor],
+    num_matches: int,
+    weights: Sequence[Weight],
+    statistics: str,
+    match_order: str,
+    options: Options,
+) -> tuple[WeightedTerms, WeightedTerms]:
+    """Weighted terms of the matches by location and by feature, from checked maps and locations."""
+    gamma, eps, backend, precision = options.checked()
+    backend = backends.choose(backend, maps[0].device)
+    if not (locations[0].is_floating_point() and locations[1].is_floating_point()):
+        locations = (locations[0].float(), locations[1].float())
+    if backend == "reference":
+        with policy.exact_products("ieee", maps[0].device):
+            found = reference.local_terms(
+                *accumulated(*maps), *accumulated(*locations), num_matches, gamma, eps, statistics, match_order
+            )
+        return _weigh(found.location, weights), _weigh(found.feature, weights)
+    across = statistics == "slot"
+    indices = [
+        index.t() if across else index
+        for pair in (locations, maps)
+        for index in operators.match(*pair, num_matches, match_order, backend)
+    ]
+    plan = Plan(*LOCAL_VIEWS, across, gamma, eps, precision, True, backend)
+    location, feature = weighted_terms(plan, weights, maps, indices)
+    return location, feature

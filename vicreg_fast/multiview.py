@@ -45,7 +45,8 @@ class Plan(NamedTuple):
             first += size
 
 
-TWO_VIEWS = {"view_source": (0, 1), "group_sizes": (2,), "pairs": (0, 1)}
-ONE_VIEW = {"view_source": (0,), "group_sizes": (1,), "pairs": ()}
+# (view_source, group_sizes, pairs) of the losses.
+ONE_VIEW: tuple[Sequence[int], ...] = ((0,), (1,), ())
+TWO_VIEWS: tuple[Sequence[int], ...] = ((0, 1), (2,), (0, 1))
 # Two maps; per group: query of 1->2, candidate of 1->2, query of 2->1, candidate of 2->1.
-LOCAL_VIEWS = {"view_source": (0, 1, 1, 0, 0, 1, 1, 0), "group_sizes": (4, 4), "pairs": (0, 1, 2, 3)}
+LOCAL_VIEWS: tuple[Sequence[int], ...] = ((0, 1, 1, 0, 0, 1, 1, 0), (4, 4), (0, 1, 2, 3))

@@ -138,9 +138,7 @@ def local_terms(
     """Local terms of two views' maps (B, P1, C), (B, P2, C) with locations (B, P1, 2), (B, P2, 2)."""
 
     def both_directions(a: Tensor, b: Tensor) -> VICRegTerms:
-        there = matched_terms(
-            x1_maps, x2_maps, match(a, b, num_matches, match_order), gamma, eps, statistics
-        )
+        there = matched_terms(x1_maps, x2_maps, match(a, b, num_matches, match_order), gamma, eps, statistics)
         back = matched_terms(x2_maps, x1_maps, match(b, a, num_matches, match_order), gamma, eps, statistics)
         return VICRegTerms(*((s + t) / 2 for s, t in zip(there, back, strict=True)))
 

@@ -43,14 +43,47 @@ def _finite_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(norm.isfinite()[..., None], rows, 0), norm
 
 
-def _location_tile(queries: Tensor, candidates: Tensor) -> Tensor:
-    tile: Tensor | None = None
-    for q, c in zip(queries.unbind(-1), candidates.unbind(-1), strict=True):
-        d = q[:, :, None] - c[:, None, :]
-        d *= d
-        tile = d if tile is None else tile.add_(d)
-    assert tile is not None  # there is at least one coordinate
-    return tile
+class _Operands(NamedTuple):
+    """Both maps of some images, ready for tiles: features centred and finite, with their squared norms."""
+
+    queries: Tensor
+    candidates: Tensor
+    norms: tuple[Tensor, Tensor] | None
+
+
+def _prepare(queries: Tensor, candidates: Tensor, dtype: torch.dtype) -> _Operands:
+    q, c = queries.to(dtype), candidates.to(dtype)
+    if q.shape[-1] <= MAX_COORDINATES:
+        return _Operands(q, c, None)
+    q, c = _center(q, c)
+    (q, q_norm), (c, c_norm) = _finite_rows(q), _finite_rows(c)
+    return _Operands(q, c, (q_norm, c_norm))
+
+
+def _tile(operands: _Operands, part: slice) -> Tensor:
+    """Ordering values of a part of the queries to every candidate; NaN ordered behind infinity."""
+    q, c, norms = operands
+    if norms is not None:
+        tile = torch.baddbmm(norms[0][:, part, None], q[:, part], c.mT, alpha=-2)
+        tile += norms[1][:, None, :]
+    else:
+        axes = zip(q[:, part].unbind(-1), c.unbind(-1), strict=True)
+        squares = ((a[:, :, None] - b[:, None, :]).square_() for a, b in axes)
+        tile = next(squares)
+        for square in squares:
+            tile += square
+    return ordered(tile)
+
+
+def ordered(distances: Tensor) -> Tensor:
+    """Distances with NaN at infinity and infinity below it, in place: NaN is never nearer than a number."""
+    return distances.nan_to_num_(nan=torch.inf, posinf=torch.finfo(distances.dtype).max)
+
+
+def ordering(queries: Tensor, candidates: Tensor) -> Tensor:
+    """The whole matrix (B, P1, P2) that :func:`nearest` never holds, for those who want to see it."""
+    dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
+    return _tile(_prepare(queries, candidates, dtype), slice(None))
 
 
 def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
@@ -60,7 +93,7 @@ def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
     infinity included; equal distances go to the lowest number.
     """
     dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
-    B, P1, C = queries.shape
+    B, P1, _ = queries.shape
     P2 = candidates.shape[1]
     device = queries.device
     rows = Nearest(
@@ -74,19 +107,10 @@ def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
     step = min(P1, max(1, TILE_ELEMENTS // P2))
     for first in range(0, B, images):
         group = slice(first, first + images)
-        q, c = queries[group].to(dtype), candidates[group].to(dtype)
-        if C > MAX_COORDINATES:
-            q, c = _center(q, c)
-            q, q_norm = _finite_rows(q)
-            c, c_norm = _finite_rows(c)
+        operands = _prepare(queries[group], candidates[group], dtype)
         for top in range(0, P1, step):
             part = slice(top, top + step)
-            if C > MAX_COORDINATES:
-                tile = torch.baddbmm(q_norm[:, part, None], q[:, part], c.mT, alpha=-2)
-                tile += c_norm[:, None, :]
-            else:
-                tile = _location_tile(q[:, part], c)
-            tile.nan_to_num_(nan=torch.inf, posinf=torch.finfo(dtype).max)
+            tile = _tile(operands, part)
             rows.value[group, part], rows.candidate[group, part] = tile.min(dim=2)
             value, query = tile.min(dim=1)
             nearer = value < columns.value[group]  # an equal one further down does not replace the first

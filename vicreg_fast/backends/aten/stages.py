@@ -69,9 +69,7 @@ def gradient(
                 wanted=wanted[3 * number : 3 * number + 3],
                 add=not once,
             )
-    return [
-        total.to(source.dtype) for total, source in zip(totals, sources, strict=True) if total is not None
-    ]
+    return [total.to(source.dtype) for total, source in zip(totals, sources, strict=True) if total is not None]
 
 
 def match(queries: Tensor, candidates: Tensor, num_matches: int, match_order: str) -> list[Tensor]:
