@@ -93,7 +93,7 @@ def weighted_terms(
     plan: Plan, weights: Sequence[Weight], sources: Sequence[Tensor], indices: Sequence[Tensor] = ()
 ) -> list[WeightedTerms]:
     """Per group of the plan, the weighted terms and their sum."""
-    flat = _WeightedTerms.apply(plan, len(sources), *weights, *sources, *indices)
+    flat = _WeightedTerms.apply(plan, len(sources), *weights, *sources, *indices)  # type: ignore[no-untyped-call]
     return [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
 
 

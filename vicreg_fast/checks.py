@@ -45,10 +45,15 @@ def _number(name: str, value: object, need: str) -> float | None:
     return float(value)
 
 
+def _finite(number: float) -> bool:
+    # math.isfinite is a graph break on the symbolic float that a changing attribute becomes.
+    return -math.inf < number < math.inf
+
+
 def coefficient(name: str, value: object) -> None:
     """A finite number, of either sign, or a tensor with one element (read only where it lies on the CPU)."""
     number = _number(name, value, "a number or a tensor")
-    if number is not None and not math.isfinite(number):
+    if number is not None and not _finite(number):
         raise ValueError(f"{name} needs a finite number, got {number}")
 
 
@@ -57,7 +62,7 @@ def nonnegative(name: str, value: object) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} needs a Python number, got {_show(value)}")
     number = _number(name, value, "a number")
-    if number is None or not (math.isfinite(number) and number >= 0):
+    if number is None or not 0 <= number < math.inf:
         raise ValueError(f"{name} needs a finite number >= 0, got {number}")
     return number
 

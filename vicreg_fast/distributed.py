@@ -92,14 +92,14 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad[ctx.start : ctx.start + ctx.count] * ctx.ranks, None, None
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
     """Rows (n_r, ...) of every rank: (sum n_r, ...), with gradient (once: it has no second derivative)."""
-    return _GatherRows.apply(rows, counts, group)  # type: ignore[no-any-return]
+    return _GatherRows.apply(rows, counts, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AverageOverSamples(torch.autograd.Function):
@@ -114,11 +114,11 @@ class _AverageOverSamples(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad * ctx.factor, None, None
 
 
 def average_over_samples(values: Tensor, counts: list[int], group: Any) -> Tensor:
     """Global means from every rank's own means over n_r samples."""
-    return _AverageOverSamples.apply(values, counts, group)  # type: ignore[no-any-return]
+    return _AverageOverSamples.apply(values, counts, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -10,7 +10,7 @@ from . import backends, checks, operators, reference
 from . import precision as policy
 from .autograd import Weight, WeightedTerms, weighted_terms
 from .backends.aten import matching
-from .multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
+from .multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS
 from .reference import VICRegTerms
 
 _UNWEIGHTED = (1.0, 1.0, 1.0)
@@ -113,7 +113,8 @@ def match_patches(
     with torch.no_grad():
         backend = backends.choose(backend, queries.device)
         if backend == "reference":
-            query, candidate = reference.match(*accumulated(queries, candidates), m)
+            q, c = accumulated(queries, candidates)
+            query, candidate = reference.match(q, c, m)
         else:
             query, candidate, *_ = operators.match(queries, candidates, m, "distance", backend)
         chosen, nearest = accumulated(rows(queries, query), rows(candidates, candidate))
@@ -155,10 +156,10 @@ class Options(NamedTuple):
         )
 
 
-def accumulated(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the one type in which their loss is computed."""
-    dtype = policy.accumulation_dtype([t.dtype for t in tensors])
-    return [t.to(dtype) for t in tensors]
+def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in the one type in which their loss is computed."""
+    dtype = policy.accumulation_dtype([a.dtype, b.dtype])
+    return a.to(dtype), b.to(dtype)
 
 
 def _weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
@@ -176,8 +177,9 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
     backend = backends.choose(backend, x.device)
     if backend == "reference":
         with policy.exact_products("ieee", x.device):
-            return _weigh(reference.vicreg_terms(*accumulated(x, y), gamma, eps), weights)
-    plan = Plan(*TWO_VIEWS, False, gamma, eps, precision, True, backend)
+            x, y = accumulated(x, y)
+            return _weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
+    plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
     return weighted_terms(plan, weights, [_problems(x), _problems(y)])[0]
 
 
@@ -187,9 +189,9 @@ def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tupl
     backend = backends.choose(backend, z.device)
     if backend == "reference":
         with policy.exact_products("ieee", z.device):
-            (z,) = accumulated(z)
+            z, _ = accumulated(z, z)
             return reference.variance(z, gamma, eps), reference.covariance(z)
-    plan = Plan(*ONE_VIEW, False, gamma, eps, precision, covariance, backend)
+    plan = ONE_VIEW._replace(gamma=gamma, eps=eps, precision=precision, covariance=covariance, backend=backend)
     terms = weighted_terms(plan, _UNWEIGHTED, [_problems(z)])[0]
     return terms.var, terms.cov
 
@@ -206,13 +208,12 @@ def local_terms(
     """Weighted terms of the matches by location and by feature, from checked maps and locations."""
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, maps[0].device)
-    if not (locations[0].is_floating_point() and locations[1].is_floating_point()):
-        locations = (locations[0].float(), locations[1].float())
+    first, second = (place if place.is_floating_point() else place.float() for place in locations)
+    locations = accumulated(first, second)
     if backend == "reference":
         with policy.exact_products("ieee", maps[0].device):
-            found = reference.local_terms(
-                *accumulated(*maps), *accumulated(*locations), num_matches, gamma, eps, statistics, match_order
-            )
+            x1, x2 = accumulated(*maps)
+            found = reference.local_terms(x1, x2, *locations, num_matches, gamma, eps, statistics, match_order)
         return _weigh(found.location, weights), _weigh(found.feature, weights)
     across = statistics == "slot"
     indices = [
@@ -220,6 +221,6 @@ def local_terms(
         for pair in (locations, maps)
         for index in operators.match(*pair, num_matches, match_order, backend)
     ]
-    plan = Plan(*LOCAL_VIEWS, across, gamma, eps, precision, True, backend)
+    plan = LOCAL_VIEWS._replace(across=across, gamma=gamma, eps=eps, precision=precision, backend=backend)
     location, feature = weighted_terms(plan, weights, maps, indices)
     return location, feature

@@ -20,12 +20,12 @@ class Plan(NamedTuple):
     view_source: Sequence[int]  # the source tensor of each view, the groups' views one after the other
     group_sizes: Sequence[int]  # how many views each group has
     pairs: Sequence[int]  # i0, j0, i1, j1, ...: positions within a group, the same for every group
-    across: bool  # problems run across images (see rows.py)
-    gamma: float
-    eps: float
-    precision: str | None
-    covariance: bool  # False: the covariance term is left out and is zero
-    backend: str
+    across: bool = False  # problems run across images (see rows.py)
+    gamma: float = 1.0
+    eps: float = 0.0
+    precision: str | None = None
+    covariance: bool = True  # False: the covariance term is left out and is zero
+    backend: str = "aten"
 
     @property
     def pair_list(self) -> list[tuple[int, int]]:
@@ -45,8 +45,7 @@ class Plan(NamedTuple):
             first += size
 
 
-# (view_source, group_sizes, pairs) of the losses.
-ONE_VIEW: tuple[Sequence[int], ...] = ((0,), (1,), ())
-TWO_VIEWS: tuple[Sequence[int], ...] = ((0, 1), (2,), (0, 1))
+ONE_VIEW = Plan((0,), (1,), ())
+TWO_VIEWS = Plan((0, 1), (2,), (0, 1))
 # Two maps; per group: query of 1->2, candidate of 1->2, query of 2->1, candidate of 2->1.
-LOCAL_VIEWS: tuple[Sequence[int], ...] = ((0, 1, 1, 0, 0, 1, 1, 0), (4, 4), (0, 1, 2, 3))
+LOCAL_VIEWS = Plan((0, 1, 1, 0, 0, 1, 1, 0), (4, 4), (0, 1, 2, 3))

@@ -78,7 +78,7 @@ def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> lis
     return outputs  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("vicreg_fast::terms")
+@torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
 def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
     plan = Plan(*constants)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
@@ -108,7 +108,7 @@ def _gradient(
     return stages.gradient(plan, sources, indices, saved, upstream, wanted, needs)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("vicreg_fast::gradient")
+@torch.library.register_fake("vicreg_fast::gradient")  # type: ignore[untyped-decorator]
 def _fake_gradient(
     sources: list[Tensor],
     indices: list[Tensor],
@@ -128,7 +128,7 @@ def _match(
     return backends.stages(backend).match(queries, candidates, num_matches, match_order)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("vicreg_fast::match")
+@torch.library.register_fake("vicreg_fast::match")  # type: ignore[untyped-decorator]
 def _fake_match(
     queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
 ) -> list[Tensor]:

@@ -2,14 +2,14 @@
 
 A view is P problems of N rows of D features.  Element (p, n, d) lies at
 
-    ptr + p * s_p + n * s_n + index[p, n] * s_i + d * s_d
+    ptr + p * s_p + n * s_n + patch[p, n] * s_i + d * s_d
 
-- no index, problems first: s_i = 0.  The source is (P, N, D); a plain batch of embeddings.
-- no index, ``across``: s_i = 0.  The source is (N, P, D): problem p is patch p of every image.
-- an index: s_n = 0, s_i the patch stride.  The source is (P, L, D): problem p is image p, its rows are the
-  patches that ``index`` (P, N) names.
-- an index, ``across``: s_p = 0, s_n the image stride, s_i the patch stride.  The source is (N, L, D): problem
-  p is match slot p, its n-th row is the patch index[p, n] of image n.
+- no patch, problems first: s_i = 0.  The source is (P, N, D); a plain batch of embeddings.
+- no patch, ``across``: s_i = 0.  The source is (N, P, D): problem p is patch p of every image.
+- a patch: s_n = 0, s_i the patch stride.  The source is (P, L, D): problem p is image p, its rows are the
+  patches that ``patch`` (P, N) names.
+- a patch, ``across``: s_p = 0, s_n the image stride, s_i the patch stride.  The source is (N, L, D): problem
+  p is match slot p, its n-th row is the patch patch[p, n] of image n.
 
 Sources keep whatever strides they came with.
 """
@@ -41,27 +41,27 @@ class Rows(NamedTuple):
     """One view: a source (A, L, D) and which of its rows its problems are made of."""
 
     source: Tensor
-    index: Tensor | None = None
+    patch: Tensor | None = None
     across: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(P, N, D)."""
-        first, second = self.source.shape[:2] if self.index is None else self.index.shape
-        if self.index is None and self.across:
+        first, second = self.source.shape[:2] if self.patch is None else self.patch.shape
+        if self.patch is None and self.across:
             first, second = second, first
         return first, second, self.source.shape[2]
 
     def _image(self, block: Block) -> Tensor:
-        """The first coordinate of every row of a block in an indexed source, broadcastable to (p, n)."""
+        """The first coordinate of every row of a block in a source of patches, broadcastable to (p, n)."""
         image = torch.arange(self.source.shape[0], device=self.source.device)
         return image[block.rows][None, :] if self.across else image[block.problems][:, None]
 
     def read(self, block: Block) -> Tensor:
-        """The block's rows, (p, n, d), in the source's type; a view of the source where there is no index."""
+        """The block's rows, (p, n, d), in the source's type; a view of the source where there is no ``patch``."""
         source = self.source[:, :, block.features]
-        if self.index is not None:
-            return source[self._image(block), self.index[block.problems, block.rows]]
+        if self.patch is not None:
+            return source[self._image(block), self.patch[block.problems, block.rows]]
         if self.across:
             source = source.transpose(0, 1)
         return source[block.problems, block.rows]
@@ -69,12 +69,12 @@ class Rows(NamedTuple):
     def store(self, total: Tensor, block: Block, values: Tensor, add: bool = True) -> None:
         """Add ``values`` (p, n, d) to the block's rows of ``total``, contiguous and of the source's shape.
 
-        A row that the index names more than once receives its contributions in a fixed order: ``index_add_``
+        A row that ``patch`` names more than once receives its contributions in a fixed order: ``index_add_``
         runs in sequence on a CPU, ``index_put_`` sorts on a GPU, where ``index_add_`` would race.  With
-        ``add=False``, for rows without an index only, the values replace what is there.
+        ``add=False``, for rows without ``patch`` only, the values replace what is there.
         """
         target = total[:, :, block.features]
-        if self.index is None:
+        if self.patch is None:
             if self.across:
                 target = target.transpose(0, 1)
             target = target[block.problems, block.rows]
@@ -83,7 +83,7 @@ class Rows(NamedTuple):
             else:
                 target.copy_(values)
             return
-        row = self._image(block) * self.source.shape[1] + self.index[block.problems, block.rows]
+        row = self._image(block) * self.source.shape[1] + self.patch[block.problems, block.rows]
         flat = target.flatten(0, 1)  # a view: the first two dimensions of a contiguous tensor
         if total.device.type == "cpu":
             flat.index_add_(0, row.flatten(), values.flatten(0, 1))

@@ -14,7 +14,8 @@ from . import terms as groups
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """[terms (G, 3), then the five statistics of every group]."""
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
-    values, saved = [], []
+    values: list[Tensor] = []
+    saved: list[Tensor] = []
     with precision.exact_products(product, sources[0].device):
         for group in plan.groups(sources, indices):
             value, statistics = groups.terms(

@@ -76,7 +76,7 @@ def _mirror(M: Tensor) -> None:
 
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
     total = torch.zeros((), dtype=dtype, device=M.device)
-    for chunk in M.view(-1).split(_NORM_CHUNK):
+    for chunk in torch.split(M.view(-1), _NORM_CHUNK):
         wide = chunk.to(dtype)
         total = total + torch.dot(wide, wide)
     return total
