@@ -52,6 +52,21 @@ def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
     return z
 
 
+class _Moments(NamedTuple):
+    mean: Tensor  # (p, V, d) rounded
+    rest: Tensor  # (p, V, d) what the rounding left
+    square: Tensor  # (p, V, d) sum of squared deviations
+
+
+def _center(z: Tensor) -> _Moments:
+    """Centre (p, V, n, d) in place, twice."""
+    mean = z.mean(dim=2)
+    z -= mean[:, :, None]
+    rest = z.mean(dim=2)
+    z -= rest[:, :, None]
+    return _Moments(mean, rest, (z * z).sum(dim=2))
+
+
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
     """Add scale * o o' (dual) or scale * o'o to M (B, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
@@ -129,32 +144,35 @@ def terms(
     M = torch.zeros(P, V, side, side, dtype=dtype, device=device) if covariance else v.new_empty(0)
     inv = torch.zeros((), dtype=wide, device=device)
 
+    def reduce(block: Block, m: Tensor | None) -> tuple[Tensor, _Moments, int]:
+        """Sum of squared differences and moments of one block, whose product is added to m."""
+        z = _read(views, block, dtype)
+        differences = inv.new_zeros(())
+        for i, j in pairs:
+            d = z[:, i] - z[:, j]
+            differences = differences + d.mul_(d).sum().to(wide)
+        moments = _center(z)
+        if m is not None:
+            o = precision.round_operand(z, product)
+            if rounds:
+                vhat[block.problems, :, block.features] = (o * o).sum(dim=2) / (N - 1)
+            _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
+        return differences, moments, z.shape[2]
+
     for group, parts in blocks(V, P, N, D):
         m = M[group].flatten(0, 1) if covariance else None  # a view: both dimensions are contiguous
         counts, means, squares = [], [], []
         for block in parts:
-            z = _read(views, block, dtype)
-            for i, j in pairs:
-                d = z[:, i] - z[:, j]
-                inv = inv + d.mul_(d).sum().to(wide)
-            mean = z.mean(dim=2)
-            z -= mean[:, :, None]
-            rest = z.mean(dim=2)
-            z -= rest[:, :, None]
-            square = (z * z).sum(dim=2)
+            differences, moments, count = reduce(block, m)
+            inv = inv + differences
             if dual:
                 at = (group, slice(None), block.features)
-                hi[at], lo[at] = mean, rest
-                v[at] = square / (N - 1)
+                hi[at], lo[at] = moments.mean, moments.rest
+                v[at] = moments.square / (N - 1)
             else:
-                counts.append(z.shape[2])
-                means.append(mean.to(wide) + rest)
-                squares.append(square.to(wide))
-            if m is not None:
-                o = precision.round_operand(z, product)
-                if rounds:
-                    vhat[at] = (o * o).sum(dim=2) / (N - 1)
-                _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
+                counts.append(count)
+                means.append(moments.mean.to(wide) + moments.rest)
+                squares.append(moments.square.to(wide))
         if not dual:
             center, square = _join_chunks(counts, means, squares, m)
             hi[group] = center.to(dtype)
@@ -216,6 +234,33 @@ def gradient(
     def chosen(t: Tensor) -> Tensor:
         return t if every else t[:, active]
 
+    def differentiate(block: Block, A: Tensor | None) -> None:
+        """Store the gradient of one block; A is what its operand is multiplied with."""
+        z = _read(views, block, dtype)
+        g = torch.zeros_like(chosen(z))
+        if wants_inv:
+            for i, j in pairs:
+                d = (z[:, i] - z[:, j]).mul_(inv_up * (2 / (len(pairs) * P * N * D)))
+                if i in active:
+                    g[:, active.index(i)] += d
+                if j in active:
+                    g[:, active.index(j)] -= d
+        if wants_var or wants_cov:
+            at = (block.problems, slice(None), None, block.features)
+            c = chosen(z).sub_(chosen(statistics.hi[at])).sub_(chosen(statistics.lo[at]))
+            o = precision.round_operand(c, product)
+            if rounds:
+                g.addcmul_(c, chosen(column[at]))
+            if dual or rounds or A is None:
+                g.addcmul_(o, chosen(operand_column[at]))
+            if A is not None:
+                o = o.flatten(0, 1)
+                g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
+        for view, values in zip(active, g.unbind(1), strict=True):
+            total = totals[view]
+            assert total is not None
+            views[view].store(total, block, values, add)
+
     for group, parts in blocks(V, P, N, D):
         A = None
         if wants_cov:
@@ -223,28 +268,4 @@ def gradient(
             if not dual and not rounds:
                 A.diagonal(dim1=-2, dim2=-1).copy_(chosen(column[group]).flatten(0, 1))
         for block in parts:
-            z = _read(views, block, dtype)
-            g = torch.zeros_like(chosen(z))
-            if wants_inv:
-                for i, j in pairs:
-                    d = (z[:, i] - z[:, j]).mul_(inv_up * (2 / (len(pairs) * P * N * D)))
-                    if i in active:
-                        g[:, active.index(i)] += d
-                    if j in active:
-                        g[:, active.index(j)] -= d
-            if wants_var or wants_cov:
-                at = (group, slice(None), None, block.features)
-                c = chosen(z)
-                c = c.sub_(chosen(statistics.hi[at])).sub_(chosen(statistics.lo[at]))
-                o = precision.round_operand(c, product)
-                if rounds:
-                    g.addcmul_(c, chosen(column[at]))
-                if dual or rounds or A is None:
-                    g.addcmul_(o, chosen(operand_column[at]))
-                if A is not None:
-                    o = o.flatten(0, 1)
-                    g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
-            for view, values in zip(active, g.unbind(1), strict=True):
-                total = totals[view]
-                assert total is not None
-                views[view].store(total, block, values, add)
+            differentiate(block, A)

@@ -1,0 +1,78 @@
+"""The shapes that are measured, and one training step of a loss on each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicreg_fast import VICRegLLoss, VICRegLoss
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one loss: ``target`` is the least speed-up over eager that the project asks of it on a CPU."""
+
+    name: str
+    shape: tuple[int, ...]  # (N, D), or (B, P, C, m) of the local part
+    target: float
+
+    def inputs(self) -> list[Tensor]:
+        """Two views, the second a noisy copy of the first, as after some training; fixed seed."""
+        generator = torch.Generator().manual_seed(0)
+        x = 0.7 * torch.randn(self.shape[:3] if self.local else self.shape, generator=generator)
+        y = x + 0.1 * torch.randn(x.shape, generator=generator)
+        views = [x.requires_grad_(), y.requires_grad_()]
+        if self.local:
+            views += [torch.rand(*self.shape[:2], 2, generator=generator) for _ in range(2)]
+        return views
+
+    @property
+    def local(self) -> bool:
+        """Whether this is VICRegL's local part."""
+        return len(self.shape) == 4
+
+    def step(self, backend: str, inputs: list[Tensor]) -> Callable[[], None]:
+        """Forward and backward of the loss, as a training step calls them."""
+        if self.local:
+            local = VICRegLLoss(num_matches=self.shape[3], alpha=0.0, backend=backend)
+            x1, x2, l1, l2 = inputs
+
+            def step() -> None:
+                x1.grad = x2.grad = None
+                local(x1, x2, None, None, l1, l2)["loss"].backward()
+
+        else:
+            vicreg = VICRegLoss(backend=backend)
+            x, y = inputs
+
+            def step() -> None:
+                x.grad = y.grad = None
+                vicreg(x, y)["loss"].backward()
+
+        return step
+
+
+CASES = (
+    Case("VICReg 256x8192", (256, 8192), 60),
+    Case("VICReg 1024x8192", (1024, 8192), 12),
+    Case("VICReg 256x2048", (256, 2048), 10),
+    Case("VICReg 2048x2048", (2048, 2048), 1.7),
+    Case("VICReg 2048x512", (2048, 512), 1.7),
+    Case("VICReg 655360x64", (655360, 64), 4),
+    Case("VICRegL local B=32 P=49 C=512 m=10", (32, 49, 512, 10), 45),
+    Case("VICRegL local B=16 P=196 C=384 m=20", (16, 196, 384, 20), 12),
+    # Never slower than eager, however small.
+    Case("VICReg 2x1", (2, 1), 1),
+    Case("VICReg 2x4096", (2, 4096), 1),
+    Case("VICReg 8x16", (8, 16), 1),
+    Case("VICReg 33x31", (33, 31), 1),
+    Case("VICReg 64x64", (64, 64), 1),
+    Case("VICReg 128x32", (128, 32), 1),
+    Case("VICReg 4096x1", (4096, 1), 1),
+    Case("VICReg 4096x8", (4096, 8), 1),
+    Case("VICReg 256x256", (256, 256), 1),
+    Case("VICReg 512x512", (512, 512), 1),
+    Case("VICReg 8192x256", (8192, 256), 1),
+    Case("VICRegL local B=2 P=4 C=8 m=2", (2, 4, 8, 2), 1),
+)

@@ -1,0 +1,54 @@
+"""Speed of a training step's loss against the eager reference, interleaved: ``pytest benchmarks --benchmark-enable``.
+
+Every round times eager code, then ours: pytest-benchmark's figures are ours, eager's medians and the ratio stand
+in ``extra_info`` and in the table at the end.  A case whose gradients disagree with the reference gets no time.
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .cases import CASES, Case
+
+
+def _rounds(seconds: float) -> int:
+    """As many as fit in ten seconds, at least 5 and at most 200."""
+    return max(5, min(200, int(10 / seconds)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_step(
+    case: Case, benchmark: BenchmarkFixture, speed_table: list[tuple[str, float, float, float]]
+) -> None:
+    inputs = case.inputs()
+    eager, fast = case.step("reference", inputs), case.step("auto", inputs)
+    eager()
+    expected = [t.grad for t in inputs[:2]]
+    fast()
+    for tensor, grad in zip(inputs, expected, strict=False):
+        assert tensor.grad is not None
+        assert grad is not None
+        # float32 against float32: the tests judge both by float64, this only refuses to time a wrong answer.
+        assert torch.linalg.vector_norm(tensor.grad - grad) <= 1e-4 * torch.linalg.vector_norm(grad)
+
+    times: list[float] = []
+
+    def time_eager() -> None:
+        start = time.perf_counter()
+        eager()
+        times.append(time.perf_counter() - start)
+
+    time_eager()
+    rounds = _rounds(times.pop())
+    benchmark.pedantic(fast, setup=time_eager, rounds=rounds, warmup_rounds=1)
+    if benchmark.disabled:
+        return
+    ours = benchmark.stats.stats.median
+    theirs = statistics.median(times)
+    benchmark.extra_info.update(
+        eager_median_s=theirs, speedup=theirs / ours, target=case.target, threads=torch.get_num_threads()
+    )
+    speed_table.append((case.name, theirs, ours, case.target))
