@@ -1,14 +1,14 @@
 """VICRegL on one photograph: do patches find themselves again in another crop of it?
 
-Two overlapping crops, at random scales and in random colours, are cut from a photograph that scikit-learn ships.
-A small fully convolutional encoder, trained from scratch with VICRegLLoss, sees the left two thirds of it only;
-matches are measured on the right third.  Where a patch truly lies is known, in pixels of the photograph, so a
-match by feature is right when it lands within one patch of that place.
+Two overlapping crops, each at its own scale, in its own colours, maybe mirrored, are cut from a photograph that
+scikit-learn ships.  A small fully convolutional encoder learns from the right two thirds of it with VICRegLLoss;
+matches are measured on the left third, which it never sees in training.  Where a patch truly lies is known, in
+pixels of the photograph: a match by feature is right when it lands within one patch of that place.
 
     python examples/match_patches.py
     python examples/match_patches.py --photo flower --steps 600
 
-Prints the matching error before and after training and draws both for one pair of crops.
+Prints the matching error before and after training and draws the matches of one pair of crops.
 """
 
 import argparse
@@ -27,22 +27,26 @@ from vicreg_fast.functional import match_patches
 try:
     import matplotlib
     import PIL  # noqa: F401  what scikit-learn reads its photographs with
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
     from sklearn.datasets import load_sample_image
     from tqdm import tqdm
 except ImportError as missing:
     sys.exit(f'{missing.name} is not installed: pip install -e ".[examples]"')
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  after its backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.collections import LineCollection  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
-
-PATCH = 8  # Stride of the encoder: a patch's side, in pixels of the crop.
+PATCH = 16  # Stride of the encoder: a patch's side, in pixels of the resampled crop.
 SCALES = (0.8, 1.25)  # Side of the square that a crop is cut from, in crops.
 SHIFT = 0.5  # Largest distance between the centres of a pair, along each axis, in crops.
-HELD_OUT_PAIRS = 64
+HELD_OUT_PAIRS = 128
 EVALUATION_SEED = 1  # The same pairs whatever --seed, so that runs compare.
+GRADES = (  # Largest error in patches, colour and name of a match.
+    (1.0, "tab:green", "right: within 1 patch of the true place"),
+    (2.0, "tab:orange", "near: 1 to 2 patches away"),
+    (float("inf"), "tab:red", "wrong: farther away"),
+)
 
 
 class Crops(NamedTuple):
@@ -114,31 +118,301 @@ def crop_pairs(
 
 
 class Encoder(nn.Module):
-    """Patch embeddings (B, P, C) for the local part, one embedding (B, D) for the global part of the loss.
+    """Patch and global embeddings for the loss, and the features below them, which patches are matched by.
 
     Kernels are as even as their strides, so that patch p of the map is centred on patch p of the crop.
     """
 
-    def __init__(self, width: int = 96, channels: int = 64, embedding: int = 128) -> None:
+    def __init__(self, width: int = 128, channels: int = 64, embedding: int = 128) -> None:
         super().__init__()
+
+        def block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+            convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2)
+            return nn.Sequential(convolution, nn.GroupNorm(8, outputs), nn.ReLU())
+
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, width // 2, 8, stride=4, padding=2),
-            nn.GroupNorm(8, width // 2),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
+            block(3, width // 4, kernel=8, stride=4),
+            block(width // 4, width // 2, kernel=4, stride=2),
+            block(width // 2, width, kernel=4, stride=2),
+            block(width, width, kernel=3, stride=1),
         )
         self.projector = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, channels))
         self.expander = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, embedding))
 
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to patch features (B, HW / PATCH², width), row by row."""
+        features: Tensor = self.trunk(images - 0.5)
+        return features.flatten(2).transpose(1, 2)
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) to patch embeddings (B, HW / 64, C) and global embeddings (B, D)."""
-        patches = self.trunk(images - 0.5).flatten(2).transpose(1, 2)
+        """Images (B, 3, H, W) to patch embeddings (B, HW / PATCH², channels) and global ones (B, embedding)."""
+        patches = self.features(images)
         return self.projector(patches), self.expander(patches.mean(dim=1))
+
+
+class Matches(NamedTuple):
+    """The match in the second crop of every patch of the first; B pairs, P patches, lengths in photo pixels."""
+
+    places: Tensor  # (B, P, 2): centre of the patch in the first crop, its true place
+    found: Tensor  # (B, P, 2): centre of its match in the second crop
+    shared: Tensor  # (B, P), bool: whether the true place is covered by the second crop's patch centres
+    patch: Tensor  # (B, 1): side of a patch of the second crop
+
+    @property
+    def error(self) -> Tensor:
+        """Distance (B, P) from the match to the true place."""
+        distance: Tensor = torch.linalg.vector_norm(self.found - self.places, dim=-1)
+        return distance
+
+    @property
+    def right(self) -> Tensor:
+        """Whether each match (B, P) is within one patch of its true place."""
+        return self.error <= self.patch
+
+    def summary(self, pair: int | None = None) -> tuple[float, float]:
+        """Median error and share of right matches, over the shared patches of one pair or of all."""
+        chosen = slice(None) if pair is None else slice(pair, pair + 1)
+        shared = self.shared[chosen]
+        return (
+            self.error[chosen][shared].median().item(),
+            self.right[chosen][shared].float().mean().item(),
+        )
+
+
+def matches(first: Crops, second: Crops, queries: Tensor, candidates: Tensor, backend: str) -> Matches:
+    """Match every patch of the first crops by rows (B, P, C): features, pixels or locations."""
+    query, candidate, _ = match_patches(queries, candidates, backend=backend)
+    places, found = (
+        crops.locations.gather(1, index[..., None].expand(-1, -1, 2))
+        for crops, index in ((first, query), (second, candidate))
+    )
+    side = second.sides[:, None]
+    patch = side * PATCH / second.images.shape[-1]
+    shared = (places - second.centres[:, None]).abs().amax(dim=-1) <= (side - patch) / 2
+    return Matches(places, found, shared, patch)
+
+
+@torch.no_grad()
+def matches_by_feature(encoder: Encoder, first: Crops, second: Crops, backend: str) -> Matches:
+    """Match by the encoder's features, before the projector, which only the loss sees."""
+    return matches(first, second, encoder.features(first.images), encoder.features(second.images), backend)
+
+
+def train(encoder: Encoder, region: Tensor, left: int, arguments: argparse.Namespace) -> list[float]:
+    """Train on crops of a region (3, H, W) and return the loss of every step; Ctrl-C ends it early."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    # eps: the root's slope is infinite where the patches of an image are all alike, as in a clear sky.
+    criterion = VICRegLLoss(arguments.num_matches, arguments.alpha, eps=1e-4, backend=backend_of(arguments))
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=arguments.lr, weight_decay=1e-4)
+    warm_up = max(1, arguments.steps // 5)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (arguments.steps - step) / arguments.steps)
+    )
+    losses: list[float] = []
+    try:
+        with tqdm(range(arguments.steps), desc="training", unit="step", disable=None) as progress:
+            for _ in progress:
+                first, second = crop_pairs(region, left, arguments.batch_size, arguments.crop, generator)
+                maps, embeddings = encoder(torch.cat([first.images, second.images]))
+                found = criterion(*maps.chunk(2), *embeddings.chunk(2), first.locations, second.locations)
+                optimizer.zero_grad()
+                found["loss"].backward()
+                optimizer.step()
+                decay.step()
+                losses.append(found["loss"].item())
+                progress.set_postfix(loss=f"{losses[-1]:.2f}")
+    except KeyboardInterrupt:
+        print(f"stopped after {len(losses)} of {arguments.steps} steps")
+    return losses
+
+
+def typical_pair(crops: tuple[Crops, Crops], before: Matches, after: Matches) -> int:
+    """The well overlapping, unmirrored pair whose shares of right matches are nearest to those of all pairs."""
+    count = after.shared.sum(dim=1)
+    distance = torch.zeros(len(count))
+    for found in (before, after):
+        share = (found.right & found.shared).sum(dim=1) / count.clamp(min=1)
+        distance += (share - found.summary()[1]).abs()
+    unusable = crops[0].flipped | crops[1].flipped | (count < count.float().median())
+    return int((distance + 10.0 * unusable).argmin())
+
+
+def draw_matches(axes: Axes, crops: tuple[Crops, Crops], found: Matches, pair: int, title: str) -> None:
+    """Both crops of a pair side by side, a line from every shared patch of the first to its match."""
+    size = crops[0].images.shape[-1]
+    gap = size // 8
+    ends = []
+    for k, (crop, places) in enumerate(zip(crops, (found.places, found.found), strict=True)):
+        left = k * (size + gap)
+        image = crop.images[pair].clamp(0, 1).permute(1, 2, 0).numpy()
+        axes.imshow(image, extent=(left, left + size, size, 0), interpolation="bilinear")
+        within = (places[pair] - crop.centres[pair]) / crop.sides[pair] + 0.5  # 0 ... 1
+        within[:, 0] = torch.where(crop.flipped[pair], 1 - within[:, 0], within[:, 0])
+        ends.append(within * size + torch.tensor([left, 0]))
+    errors = found.error[pair] / found.patch[pair]
+    for start, end, error in zip(
+        *(e[found.shared[pair]] for e in ends), errors[found.shared[pair]].tolist(), strict=True
+    ):
+        colour = next(colour for limit, colour, _ in GRADES if error <= limit)
+        (x0, y0), (x1, y1) = start.tolist(), end.tolist()
+        axes.plot([x0, x1], [y0, y1], color=colour, linewidth=1.3, marker="o", markersize=3.5, alpha=0.85)
+    error, share = found.summary(pair)
+    axes.set_title(f"{title}\n{share:.0%} right, median error {error:.1f} px", fontsize=11)
+    axes.set_xlim(0, 2 * size + gap)
+    axes.set_ylim(size, 0)
+    axes.set_axis_off()
+
+
+def draw(
+    photo: Tensor,
+    border: int,
+    crops: tuple[Crops, Crops],
+    found: dict[str, Matches],
+    losses: list[float],
+    path: Path,
+) -> None:
+    """Draw a typical pair's matches, named by how they were found, the photograph (3, H, W) and the losses."""
+    _, before, after = found.values()
+    pair = typical_pair(crops, before, after)
+    figure = plt.figure(figsize=(14, 8.6), layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    for slot, (name, each) in zip((grid[0, :2], grid[0, 2:], grid[1, :2]), found.items(), strict=True):
+        draw_matches(figure.add_subplot(slot), crops, each, pair, name)
+    axes = figure.add_subplot(grid[1, 2])
+    axes.imshow(photo.permute(1, 2, 0).numpy())
+    axes.axvspan(border, photo.shape[2], color="tab:blue", alpha=0.35, linewidth=0)
+    for crop, colour, name in zip(crops, ("black", "red"), ("left", "right"), strict=True):
+        side = crop.sides[pair].item()
+        x, y = (crop.centres[pair] - side / 2).tolist()
+        axes.add_patch(
+            Rectangle((x, y), side, side, fill=False, color=colour, linewidth=2, label=f"{name} crop")
+        )
+    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title("The crops in the photograph;\ntrained on the blue part only", fontsize=11)
+    axes.set_axis_off()
+    axes = figure.add_subplot(grid[1, 3])
+    axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=0.8)
+    axes.set(xlabel="step")
+    axes.set_title("VICRegL loss", fontsize=11)
+    axes.grid(which="both", alpha=0.3)
+    lines = [Line2D([], [], color=colour, marker="o", label=name) for _, colour, name in GRADES]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def backend_of(arguments: argparse.Namespace) -> str:
+    """The library's name for --loss."""
+    return {"fast": "auto", "eager": "reference"}[arguments.loss]
+
+
+def parse_arguments() -> tuple[argparse.Namespace, Tensor]:
+    """Checked arguments, and the photograph (3, H, W) in 0 ... 1; a bad argument ends the program."""
+    parser = argparse.ArgumentParser(
+        description="VICRegL on crops of a photograph: patch matches before and after training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    output = Path(__file__).parent / "output" / "match_patches.png"
+    parser.add_argument(
+        "--photo", choices=("china", "flower"), default="china", help="scikit-learn's photograph"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs of crops in a step")
+    parser.add_argument(
+        "--crop", type=int, default=112, help=f"side of a crop, in pixels: a multiple of {PATCH}"
+    )
+    parser.add_argument("--num-matches", type=int, default=20, help="matched patches of a crop in the loss")
+    parser.add_argument(
+        "--alpha", type=float, default=0.25, help="share of the global part of the loss, 0 to 1"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the training crops")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; more help on idle cores only")
+    parser.add_argument("--output", type=Path, default=output, help="where the picture goes")
+    parser.add_argument(
+        "--loss",
+        choices=("fast", "eager"),
+        default="fast",
+        help="the library's kernels or its plain PyTorch code",
+    )
+    arguments = parser.parse_args()
+    image = load_sample_image(f"{arguments.photo}.jpg")
+    photo = torch.tensor(image).permute(2, 0, 1) / 255
+    crop, patches = arguments.crop, (arguments.crop // PATCH) ** 2
+    largest = min(photo.shape[1], photo.shape[2] // 3) // PATCH * PATCH  # held-out crops lie in the left third
+    formats = FigureCanvasBase.get_supported_filetypes()
+    checks = [
+        (arguments.steps >= 1, "--steps must be at least 1"),
+        (arguments.batch_size >= 2, "--batch-size must be at least 2"),
+        (
+            crop % PATCH == 0 and 3 * PATCH <= crop <= largest,
+            f"--crop must be a multiple of {PATCH} from {3 * PATCH} to {largest}, to fit the photograph's held-out third",
+        ),
+        (
+            2 <= arguments.num_matches <= patches,
+            f"--num-matches must be from 2 to {patches}, the patches of a crop",
+        ),
+        (0 <= arguments.alpha <= 1, "--alpha must be from 0 to 1"),
+        (0 < arguments.lr < float("inf"), "--lr must be positive and finite"),
+        (arguments.seed >= 0, "--seed must be at least 0"),
+        (arguments.threads >= 1, "--threads must be at least 1"),
+        (
+            arguments.output.suffix[1:].lower() in formats,
+            f"--output must end in one of {', '.join(sorted(formats))}",
+        ),
+    ]
+    for good, message in checks:
+        if not good:
+            option = message.split()[0]
+            parser.error(f"{message}, got {getattr(arguments, option[2:].replace('-', '_'))}")
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        existed = arguments.output.exists()
+        arguments.output.open("ab").close()
+        if not existed:
+            arguments.output.unlink()
+    except OSError as error:
+        parser.error(f"--output {arguments.output}: {error.strerror}")
+    return arguments, photo
+
+
+def main() -> None:
+    """Train, measure, print, draw."""
+    matplotlib.use("Agg")
+    arguments, photo = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    backend = backend_of(arguments)
+    border = photo.shape[2] // 3
+    first, second = crop_pairs(
+        photo[:, :, :border], 0, HELD_OUT_PAIRS, arguments.crop, torch.Generator().manual_seed(EVALUATION_SEED)
+    )
+    encoder = Encoder()
+    location = matches(first, second, first.locations, second.locations, backend)
+    pixels = [F.pixel_unshuffle(crops.images, PATCH).flatten(2).transpose(1, 2) for crops in (first, second)]
+    raw = matches(first, second, pixels[0], pixels[1], backend)
+    before = matches_by_feature(encoder, first, second, backend)
+    start = time.perf_counter()
+    losses = train(encoder, photo[:, :, border:], border, arguments)
+    seconds = time.perf_counter() - start
+    after = matches_by_feature(encoder, first, second, backend)
+
+    print(
+        f"{len(losses)} steps in {seconds:.1f} s; {HELD_OUT_PAIRS} held-out pairs, {int(after.shared.sum())} patches"
+    )
+    print(f"{'matched by':<28}{'median error':>14}{'within 1 patch':>16}")
+    rows = {"location": location, "raw pixels": raw, "feature, before training": before}
+    for name, found in {**rows, "feature, after training": after}.items():
+        error, share = found.summary()
+        print(f"{name:<28}{error:>11.1f} px{share:>16.1%}")
+    drawn = {
+        "By location: right by construction": location,
+        "By feature, before training": before,
+        f"By feature, after {len(losses)} steps": after,
+    }
+    draw(photo, border, (first, second), drawn, losses, arguments.output)
+    print(f"picture: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -129,15 +129,15 @@ def rows(maps: Tensor, index: Tensor) -> Tensor:
 
 def ordering(queries: Tensor, candidates: Tensor) -> Tensor:
     """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient."""
-    with torch.no_grad():
+    with torch.no_grad(), policy.exact_products("ieee", queries.device):
         return matching.ordering(queries, candidates)
 
 
-def select_matches(distances: Tensor, num_matches: int) -> tuple[Tensor, Tensor]:
+def select_matches(distances: Tensor, num_matches: int, match_order: str = "distance") -> tuple[Tensor, Tensor]:
     """Matches from a matrix of distances (B, P1, P2): (query, candidate), (B, m) each, nearest first."""
     with torch.no_grad():
         found = matching.Nearest(*matching.ordered(distances.clone()).min(dim=2))
-        return matching.select(found, num_matches, "distance")
+        return matching.select(found, num_matches, match_order)
 
 
 class Options(NamedTuple):
@@ -162,8 +162,9 @@ def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
-    inv, var, cov = (w * t for w, t in zip(weights, terms, strict=True))
+def weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
+    """Terms times weights and their sum, in the terms' type."""
+    inv, var, cov = ((w * t).to(t.dtype) for w, t in zip(weights, terms, strict=True))
     return WeightedTerms(inv, var, cov, inv + var + cov)
 
 
@@ -178,7 +179,7 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
     if backend == "reference":
         with policy.exact_products("ieee", x.device):
             x, y = accumulated(x, y)
-            return _weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
+            return weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
     plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
     return weighted_terms(plan, weights, [_problems(x), _problems(y)])[0]
 
@@ -214,7 +215,7 @@ def local_terms(
         with policy.exact_products("ieee", maps[0].device):
             x1, x2 = accumulated(*maps)
             found = reference.local_terms(x1, x2, *locations, num_matches, gamma, eps, statistics, match_order)
-        return _weigh(found.location, weights), _weigh(found.feature, weights)
+        return weigh(found.location, weights), weigh(found.feature, weights)
     across = statistics == "slot"
     indices = [
         index.t() if across else index

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import checks, distributed, functional
 from .autograd import Weight, WeightedTerms
 from .functional import Options
+from .reference import VICRegTerms
 
 Losses = dict[str, Tensor]
 
@@ -22,6 +23,11 @@ def _named(terms: WeightedTerms) -> Losses:
 
 def _prefixed(prefix: str, losses: Losses) -> Losses:
     return {f"{prefix}/{name}": loss for name, loss in losses.items()}
+
+
+def _invariance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference, in float32 at least."""
+    return nn.functional.mse_loss(*functional.accumulated(x, y))
 
 
 class _Loss(nn.Module):
@@ -59,7 +65,9 @@ class _Loss(nn.Module):
     def _weights(self) -> tuple[Weight, Weight, Weight]:
         for name in ("inv_coeff", "var_coeff", "cov_coeff"):
             checks.coefficient(name, getattr(self, name))
-        return self.inv_coeff, self.var_coeff, self.cov_coeff
+        weights = (self.inv_coeff, self.var_coeff, self.cov_coeff)
+        inv, var, cov = (w.reshape(()) if isinstance(w, Tensor) else w for w in weights)
+        return inv, var, cov
 
     def _options(self) -> Options:
         return Options(self.gamma, self.eps, self.backend, self.precision)
@@ -84,10 +92,10 @@ class _Loss(nn.Module):
             def variance(z: Tensor, gamma: float) -> Tensor:
                 return functional.one_view_terms(z, options, covariance=False)[0]
 
-        inv = self.inv_coeff * invariance(x, y)
-        var = self.var_coeff * (variance(x, self.gamma) + variance(y, self.gamma)) / 2
-        cov = self.cov_coeff * (covariance(x) + covariance(y)) / 2
-        return _named(WeightedTerms(inv, var, cov, inv + var + cov))
+        inv = invariance(x, y)
+        var = (variance(x, self.gamma) + variance(y, self.gamma)) / 2
+        cov = (covariance(x) + covariance(y)) / 2
+        return _named(functional.weigh(VICRegTerms(inv, var, cov), self._weights()))
 
     @staticmethod
     def variance_loss(x: Tensor, gamma: float) -> Tensor:
@@ -188,7 +196,7 @@ class VICRegLoss(_Loss):
     def representation_loss(x: Tensor, y: Tensor) -> Tensor:
         """Unweighted invariance term of two views of one shape: a scalar."""
         checks.views({"x": x, "y": y}, count_samples=False)
-        return nn.functional.mse_loss(x, y)
+        return _invariance(x, y)
 
 
 VICReg = VICRegLoss
@@ -365,10 +373,17 @@ class VICRegLLoss(_Loss):
         losses: Losses = {}
         for name, (a, b) in (("location", (l1, l2)), ("feature", (x1, x2))):
             there, back = functional.ordering(a, b), functional.ordering(b, a)
-            first = self.local_vicreg_loss(*self.neirest_neighbores(x1, x2, there, self.num_matches))
-            second = self.local_vicreg_loss(*self.neirest_neighbores(x2, x1, back, self.num_matches))
+            first = self.local_vicreg_loss(*self._matched(x1, x2, there))
+            second = self.local_vicreg_loss(*self._matched(x2, x1, back))
             losses |= {f"{name}/{key}": (first[key] + second[key]) / 2 for key in first}
         return losses
+
+    def _matched(self, queries: Tensor, candidates: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Matched rows; an overriding ``neirest_neighbores`` decides their order itself."""
+        if self._overrides("neirest_neighbores"):
+            return self.neirest_neighbores(queries, candidates, distances, self.num_matches)
+        query, candidate = functional.select_matches(distances, self.num_matches, self.match_order)
+        return functional.rows(queries, query), functional.rows(candidates, candidate)
 
     def local_vicreg_loss(self, x: Tensor, y: Tensor) -> Losses:
         """VICReg of matched patches x and y, (B, m, C) each, with this loss's statistics."""
@@ -377,7 +392,7 @@ class VICRegLLoss(_Loss):
             x, y = x.transpose(0, 1), y.transpose(0, 1)
             checks.samples("x", x.shape[1])
         if self._overrides("variance_loss", "covariance_loss"):
-            return self._composed(x, y, nn.functional.mse_loss)
+            return self._composed(x, y, _invariance)
         return _named(functional.two_view_terms(x, y, self._weights(), self._options()))
 
     @staticmethod

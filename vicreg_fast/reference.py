@@ -74,7 +74,7 @@ def distances(queries: Tensor, candidates: Tensor) -> Tensor:
         for q, c in zip(queries.unbind(-1), candidates.unbind(-1), strict=True):
             d = d + (q[:, :, None] - c[:, None, :]) ** 2
     else:
-        d = torch.cdist(queries, candidates)
+        d = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist")
     return d.nan_to_num(nan=torch.inf, posinf=torch.finfo(d.dtype).max)
 
 

@@ -78,7 +78,8 @@ def match(queries: Tensor, candidates: Tensor, num_matches: int, match_order: st
 
     (B, m) each, m = min(num_matches, number of queries on that side).
     """
-    there, back = matching.nearest(queries, candidates)
+    with precision.exact_products("ieee", queries.device):
+        there, back = matching.nearest(queries, candidates)
     return [
         *matching.select(there, num_matches, match_order),
         *matching.select(back, num_matches, match_order),
