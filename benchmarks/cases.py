@@ -32,23 +32,25 @@ class Case:
         """Whether this is VICRegL's local part."""
         return len(self.shape) == 4
 
-    def step(self, backend: str, inputs: list[Tensor]) -> Callable[[], None]:
-        """Forward and backward of the loss, as a training step calls them."""
+    def _losses(self, backend: str) -> Callable[..., dict[str, Tensor]]:
         if self.local:
             local = VICRegLLoss(num_matches=self.shape[3], alpha=0.0, backend=backend)
-            x1, x2, l1, l2 = inputs
+            return lambda x1, x2, l1, l2: local(x1, x2, None, None, l1, l2)
+        return VICRegLoss(backend=backend)
 
-            def step() -> None:
-                x1.grad = x2.grad = None
-                local(x1, x2, None, None, l1, l2)["loss"].backward()
+    def loss(self, backend: str, inputs: list[Tensor]) -> float:
+        """The value alone."""
+        with torch.no_grad():
+            return float(self._losses(backend)(*inputs)["loss"])
 
-        else:
-            vicreg = VICRegLoss(backend=backend)
-            x, y = inputs
+    def step(self, backend: str, inputs: list[Tensor]) -> Callable[[], None]:
+        """Forward and backward of the loss, as a training step calls them."""
+        losses = self._losses(backend)
 
-            def step() -> None:
-                x.grad = y.grad = None
-                vicreg(x, y)["loss"].backward()
+        def step() -> None:
+            for tensor in inputs[:2]:
+                tensor.grad = None
+            losses(*inputs)["loss"].backward()
 
         return step
 

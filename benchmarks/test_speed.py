@@ -1,7 +1,7 @@
 """Speed of a training step's loss against the eager reference, interleaved: ``pytest benchmarks --benchmark-enable``.
 
 Every round times eager code, then ours: pytest-benchmark's figures are ours, eager's medians and the ratio stand
-in ``extra_info`` and in the table at the end.  A case whose gradients disagree with the reference gets no time.
+in ``extra_info`` and in the table at the end.  A case whose loss disagrees with the reference gets no time.
 """
 
 import statistics
@@ -26,13 +26,10 @@ def test_step(
     inputs = case.inputs()
     eager, fast = case.step("reference", inputs), case.step("auto", inputs)
     eager()
-    expected = [t.grad for t in inputs[:2]]
     fast()
-    for tensor, grad in zip(inputs, expected, strict=False):
-        assert tensor.grad is not None
-        assert grad is not None
-        # float32 against float32: the tests judge both by float64, this only refuses to time a wrong answer.
-        assert torch.linalg.vector_norm(tensor.grad - grad) <= 1e-4 * torch.linalg.vector_norm(grad)
+    # Tests judge both by float64; this only refuses to time a wrong answer.
+    expected, found = case.loss("reference", inputs), case.loss("auto", inputs)
+    assert found == pytest.approx(expected, rel=1e-3)
 
     times: list[float] = []
 

@@ -2,7 +2,7 @@
 
 Two random views of each 8x8 image pass through a convolutional encoder and an expander; the loss compares their
 embeddings.  At the end a linear probe with a few labels reads the encoder's features, beside those of the same
-encoder untrained and beside raw pixels.  About half a minute on two idle CPU cores.
+encoder untrained and beside raw pixels.  The training takes 16 seconds on two free CPU cores.
 
     python examples/pretrain_digits.py                  # vicreg_fast's loss
     python examples/pretrain_digits.py --loss eager     # the same training on the eager reference
@@ -254,7 +254,7 @@ def draw_figure(
     all_bars = bars.bar(place + 0.2, every, 0.38, color="C7", label=f"all {len(digits.train)} labels")
     for bar in (few_bars, all_bars):
         bars.bar_label(bar, fmt="%.1f", label_type="center", color="white", fontsize=9)
-    bars.set_xticks(place, list(accuracies), fontsize=9)
+    bars.set_xticks(place, [name.replace(" ", "\n", 2) for name in accuracies], fontsize=9)
     bars.set(ylabel="held-out accuracy, %", title="Linear probe", ylim=(0, 119), yticks=range(0, 101, 20))
     bars.legend(fontsize=8, loc="upper center", ncols=2)
 
@@ -351,7 +351,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Digits]:
         parser.error(f"--output must end in .png, got {args.output}")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        earlier = args.output.exists()
         args.output.open("ab").close()  # leaves an earlier picture as it is
+        if not earlier:
+            args.output.unlink()
     except OSError as error:
         parser.error(f"--output {args.output} cannot be written: {error.strerror}")
     return args, digits

@@ -79,11 +79,8 @@ class _WeightedTerms(torch.autograd.Function):
             if differentiable:
                 found = second_order.gradient(plan, sources, indices, scaled, needs)
             else:
-                zero = terms.new_zeros(())
-                flat = [zero if up is None else up.to(terms.dtype) for group in scaled for up in group]
-                wanted = [up is not None for group in scaled for up in group]
-                together = torch.stack([up.reshape(()) for up in flat]).view(-1, 3)
-                found = operators.gradient(plan, sources, indices, saved, together, wanted, needs)
+                flat = [up for group in scaled for up in group]
+                found = operators.gradient(plan, sources, indices, saved, flat, needs)
             remaining = iter(found)
             grads = [next(remaining) if need else None for need in needs]
         return None, None, *weight_grads, *grads, *([None] * len(indices))

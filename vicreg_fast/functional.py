@@ -168,10 +168,6 @@ def weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
     return WeightedTerms(inv, var, cov, inv + var + cov)
 
 
-def _problems(z: Tensor) -> Tensor:
-    return z if z.ndim == 3 else z.reshape(-1, *z.shape[-2:])
-
-
 def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:
     """Weighted terms and their sum, of checked views (..., N, D)."""
     gamma, eps, backend, precision = options.checked()
@@ -181,7 +177,7 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
             x, y = accumulated(x, y)
             return weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
     plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
-    return weighted_terms(plan, weights, [_problems(x), _problems(y)])[0]
+    return weighted_terms(plan, weights, [x, y])[0]
 
 
 def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tuple[Tensor, Tensor]:
@@ -193,7 +189,7 @@ def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tupl
             z, _ = accumulated(z, z)
             return reference.variance(z, gamma, eps), reference.covariance(z)
     plan = ONE_VIEW._replace(gamma=gamma, eps=eps, precision=precision, covariance=covariance, backend=backend)
-    terms = weighted_terms(plan, _UNWEIGHTED, [_problems(z)])[0]
+    terms = weighted_terms(plan, _UNWEIGHTED, [z])[0]
     return terms.var, terms.cov
 
 

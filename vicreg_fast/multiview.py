@@ -14,6 +14,13 @@ from torch import Tensor
 from .rows import Rows
 
 
+def problems(z: Tensor) -> Tensor:
+    """(..., N, D) as (P, N, D)."""
+    if z.ndim == 3:
+        return z
+    return z.unsqueeze(0) if z.ndim == 2 else z.reshape(-1, *z.shape[-2:])
+
+
 class Plan(NamedTuple):
     """The structure and the constants of a loss: plain values, so that it passes through an opaque operator."""
 
@@ -40,7 +47,7 @@ class Plan(NamedTuple):
             for view in range(first, first + size):
                 source = self.view_source[view]
                 index = indices[view] if indices else None
-                group.append((source, Rows(sources[source], index, self.across)))
+                group.append((source, Rows(problems(sources[source]), index, self.across)))
             yield group
             first += size
 

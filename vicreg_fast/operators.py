@@ -28,15 +28,14 @@ def gradient(
     sources: Sequence[Tensor],
     indices: Sequence[Tensor],
     saved: Sequence[Tensor],
-    upstream: Tensor,
-    wanted: Sequence[bool],
+    upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the sources that ``needs`` marks."""
     if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.gradient(sources, indices, saved, upstream, wanted, needs, *plan)  # type: ignore[no-any-return]
+        return torch.ops.vicreg_fast.gradient(sources, indices, saved, upstream, needs, *plan)  # type: ignore[no-any-return]
     stages = backends.stages(plan.backend)
-    return stages.gradient(plan, sources, indices, saved, upstream, wanted, needs)  # type: ignore[no-any-return]
+    return stages.gradient(plan, sources, indices, saved, upstream, needs)  # type: ignore[no-any-return]
 
 
 def match(
@@ -56,7 +55,7 @@ _PLAN = (
 torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
 torch.library.define(
     "vicreg_fast::gradient",
-    "(Tensor[] sources, Tensor[] indices, Tensor[] saved, Tensor upstream, bool[] wanted, bool[] needs, "
+    "(Tensor[] sources, Tensor[] indices, Tensor[] saved, Tensor?[] upstream, bool[] needs, "
     f"{_PLAN}) -> Tensor[]",
 )
 torch.library.define(
@@ -88,7 +87,7 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
         V = len(group)
         P, N, D = group[0][1].shape
         side = N if uses_dual(N, D) else D
-        outputs.extend(new((P, V, D), dtype=dtype) for _ in range(4))
+        outputs.extend(new((P, V, 1, D), dtype=dtype) for _ in range(4))
         outputs.append(new((P, V, side, side) if plan.covariance else (0,), dtype=dtype))
     return outputs
 
@@ -98,14 +97,13 @@ def _gradient(
     sources: list[Tensor],
     indices: list[Tensor],
     saved: list[Tensor],
-    upstream: Tensor,
-    wanted: list[bool],
+    upstream: list[Tensor | None],
     needs: list[bool],
     *constants: Any,
 ) -> list[Tensor]:
     plan = Plan(*constants)
     stages = backends.stages(plan.backend)
-    return stages.gradient(plan, sources, indices, saved, upstream, wanted, needs)  # type: ignore[no-any-return]
+    return stages.gradient(plan, sources, indices, saved, upstream, needs)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::gradient")  # type: ignore[untyped-decorator]
@@ -113,8 +111,7 @@ def _fake_gradient(
     sources: list[Tensor],
     indices: list[Tensor],
     saved: list[Tensor],
-    upstream: Tensor,
-    wanted: list[bool],
+    upstream: list[Tensor | None],
     needs: list[bool],
     *constants: Any,
 ) -> list[Tensor]:

@@ -12,7 +12,7 @@ that was never formed (140 % wrong on decorrelated features at N = D = 1024; 1e-
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,14 +60,23 @@ def round_operand(c: Tensor, product: str) -> Tensor:
     return c
 
 
-@contextmanager
-def exact_products(product: str, device: torch.device) -> Iterator[None]:
+def exact_products(product: str, device: torch.device) -> AbstractContextManager[object]:
     """Form products as ``product`` says, whatever autocast and torch's global setting would make of them."""
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            matmul = torch.backends.cuda.matmul
-            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-            matmul.fp32_precision = "ieee" if product == "ieee" else "tf32"
+    if device.type != "cuda" and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    if device.type == "cuda":
+        stack.enter_context(_cublas("ieee" if product == "ieee" else "tf32"))
+    return stack
+
+
+@contextmanager
+def _cublas(setting: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    try:
         yield
+    finally:
+        matmul.fp32_precision = before

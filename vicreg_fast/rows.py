@@ -59,12 +59,12 @@ class Rows(NamedTuple):
 
     def read(self, block: Block) -> Tensor:
         """The block's rows, (p, n, d), in the source's type; a view of the source where there is no ``patch``."""
+        if self.patch is None and not self.across:
+            return self.source[block]
         source = self.source[:, :, block.features]
         if self.patch is not None:
             return source[self._image(block), self.patch[block.problems, block.rows]]
-        if self.across:
-            source = source.transpose(0, 1)
-        return source[block.problems, block.rows]
+        return source.transpose(0, 1)[block.problems, block.rows]
 
     def store(self, total: Tensor, block: Block, values: Tensor, add: bool = True) -> None:
         """Add ``values`` (p, n, d) to the block's rows of ``total``, contiguous and of the source's shape.

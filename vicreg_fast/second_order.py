@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import precision
-from .multiview import Plan
+from .multiview import Plan, problems
 from .rows import Block, uses_dual
 
 _EVERYTHING = Block(slice(None), slice(None), slice(None))
@@ -61,5 +61,5 @@ def gradient(
             for (source, rows), values in zip(group, g, strict=True):
                 total = totals[source]
                 if total is not None:
-                    rows.store(total, _EVERYTHING, values)
+                    rows.store(problems(total), _EVERYTHING, values)
     return [total.to(s.dtype) for total, s in zip(totals, sources, strict=True) if total is not None]

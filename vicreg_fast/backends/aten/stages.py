@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...multiview import Plan
+from ...multiview import Plan, problems
 from . import matching
 from . import terms as groups
 
@@ -36,13 +36,12 @@ def gradient(
     sources: Sequence[Tensor],
     indices: Sequence[Tensor],
     saved: Sequence[Tensor],
-    upstream: Tensor,
-    wanted: Sequence[bool],
+    upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the sources that ``needs`` marks, in their own types.
 
-    ``upstream`` (G, 3) multiplies the terms; ``wanted`` (3 * G) says which of them have an upstream gradient.
+    ``upstream``, three scalars a group, multiplies the terms; None where a term has no upstream gradient.
     """
     device = sources[0].device
     product = precision.resolve_product(plan.precision, device, [s.dtype for s in sources])
@@ -62,12 +61,11 @@ def gradient(
                 [rows for _, rows in group],
                 plan.pair_list,
                 groups.Statistics(*saved[fields * number : fields * (number + 1)]),
-                upstream[number],
-                [totals[source] for source, _ in group],
+                [None if up is None else up.to(dtype) for up in upstream[3 * number : 3 * number + 3]],
+                [None if (total := totals[source]) is None else problems(total) for source, _ in group],
                 gamma=plan.gamma,
                 eps=plan.eps,
                 product=product,
-                wanted=wanted[3 * number : 3 * number + 3],
                 add=not once,
             )
     return [total.to(source.dtype) for total, source in zip(totals, sources, strict=True) if total is not None]

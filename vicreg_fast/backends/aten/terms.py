@@ -37,10 +37,10 @@ _NORM_CHUNK = 1 << 17
 class Statistics(NamedTuple):
     """What a group's forward pass leaves for its backward pass; problems first, so that a block is a slice."""
 
-    hi: Tensor  # (P, V, D) column means, rounded
-    lo: Tensor  # (P, V, D) means of what hi leaves
-    v: Tensor  # (P, V, D) variances
-    vhat: Tensor  # (P, V, D) variances of the product's operand: v itself unless a faster product rounds it
+    hi: Tensor  # (P, V, 1, D) column means, rounded
+    lo: Tensor  # (P, V, 1, D) means of what hi leaves
+    v: Tensor  # (P, V, 1, D) variances
+    vhat: Tensor  # (P, V, 1, D) variances of the product's operand: v itself unless a faster product rounds it
     M: Tensor  # (P, V, M, M); (0,) where no covariance was asked for
 
 
@@ -56,21 +56,29 @@ def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
     return z
 
 
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
+
+
+def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return parts[0].to(dtype) if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
+
+
 class _Moments(NamedTuple):
-    mean: Tensor  # (p, V, d) rounded
-    rest: Tensor  # (p, V, d) what the rounding left
-    square: Tensor  # (p, V, d) sum of squared deviations of each feature
+    mean: Tensor  # (p, V, 1, d) rounded
+    rest: Tensor  # (p, V, 1, d) what the rounding left
+    square: Tensor  # (p, V, 1, d) sum of squared deviations of each feature
     energy: Tensor  # (p, V, n) sum of squared deviations of each sample
 
 
 def _center(z: Tensor) -> _Moments:
     """Centre (p, V, n, d) in place, twice."""
-    mean = z.mean(dim=2)
-    z -= mean[:, :, None]
-    rest = z.mean(dim=2)
-    z -= rest[:, :, None]
+    mean = z.mean(dim=2, keepdim=True)
+    z -= mean
+    rest = z.mean(dim=2, keepdim=True)
+    z -= rest
     squares = z * z
-    return _Moments(mean, rest, squares.sum(dim=2), squares.sum(dim=3))
+    return _Moments(mean, rest, squares.sum(dim=2, keepdim=True), squares.sum(dim=3))
 
 
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
@@ -96,11 +104,16 @@ def _mirror(M: Tensor) -> None:
 
 
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
-    total = torch.zeros((), dtype=dtype, device=M.device)
-    for chunk in torch.split(M.view(-1), _NORM_CHUNK):
-        wide = chunk.to(dtype)
-        total = total + torch.dot(wide, wide)
-    return total
+    def of(part: Tensor) -> Tensor:
+        wide = part.to(dtype)
+        return torch.dot(wide, wide)
+
+    flat = M.view(-1)
+    return (
+        of(flat)
+        if flat.numel() <= _NORM_CHUNK
+        else _sum([of(p) for p in torch.split(flat, _NORM_CHUNK)], dtype)
+    )
 
 
 def _join_chunks(
@@ -108,18 +121,18 @@ def _join_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Chan's formula: mean and sum of squared deviations of joined chunks; m gets what lies between chunks.
 
-    means and squares are (p, V, D) each, in the type of scalars; m is (p*V, D, D).
+    means and squares are (p, V, 1, D) each, in the type of scalars; m is (p*V, D, D).
     """
     if len(counts) == 1:
         return means[0], squares[0]
-    n = torch.tensor(counts, dtype=means[0].dtype, device=means[0].device)[:, None, None, None]
+    n = torch.tensor(counts, dtype=means[0].dtype, device=means[0].device)[:, None, None, None, None]
     total = sum(counts)
     # Relative to the first chunk, so that equal means stay exactly equal.
     offsets = torch.stack(means) - means[0]
     offset = (offsets * n).sum(0) / total
-    between = (offsets - offset) * n.sqrt()  # (K, p, V, D)
+    between = (offsets - offset) * n.sqrt()  # (K, p, V, 1, D)
     if m is not None:
-        b = between.movedim(0, 2).flatten(0, 1).to(m.dtype)
+        b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)
         m.baddbmm_(b.mT, b, alpha=1 / (total - 1))
     return means[0] + offset, torch.stack(squares).sum(0) + between.square().sum(0)
 
@@ -144,65 +157,67 @@ def terms(
     wide = precision.scalar_dtype(device)
     dual = uses_dual(N, D)
     side = N if dual else D
-    hi, lo, v = (torch.empty(P, V, D, dtype=dtype, device=device) for _ in range(3))
     rounds = dual and covariance and product != "ieee"
-    vhat = torch.empty_like(v) if rounds else v
-    M = torch.zeros(P, V, side, side, dtype=dtype, device=device) if covariance else v.new_empty(0)
-    inv = torch.zeros((), dtype=wide, device=device)
+    M = torch.zeros(P, V, side, side, dtype=dtype, device=device) if covariance else torch.empty(0, dtype=dtype)
+    differences: list[Tensor] = []
+    operand_squares: list[Tensor] = []
 
-    def reduce(block: Block, m: Tensor | None) -> tuple[Tensor, _Moments, int]:
-        """Sum of squared differences and moments of one block, whose product is added to m."""
+    def reduce(block: Block, m: Tensor | None) -> tuple[_Moments, int]:
+        """Moments of one block, whose product is added to m."""
         z = _read(views, block, dtype)
-        differences = inv.new_zeros(())
         for i, j in pairs:
             d = z[:, i] - z[:, j]
-            differences = differences + d.mul_(d).sum().to(wide)
+            differences.append(d.mul_(d).sum())
         moments = _center(z)
         if m is not None:
             o = precision.round_operand(z, product)
             if rounds:
                 squares = o * o
-                vhat[block.problems, :, block.features] = squares.sum(dim=2) / (N - 1)
+                operand_squares.append(squares.sum(dim=2, keepdim=True))
                 moments = moments._replace(energy=squares.sum(dim=3))
             _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
-        return differences, moments, z.shape[2]
+        return moments, z.shape[2]
 
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # hi, lo, v, vhat
     for group, parts in blocks(V, P, N, D):
         m = M[group].flatten(0, 1) if covariance else None  # a view: both dimensions are contiguous
-        counts, means, squares, energies = [], [], [], []
-        for block in parts:
-            differences, moments, count = reduce(block, m)
-            inv = inv + differences
-            if dual:
-                at = (group, slice(None), block.features)
-                hi[at], lo[at] = moments.mean, moments.rest
-                v[at] = moments.square / (N - 1)
-                energies.append(moments.energy.to(wide))
-            else:
-                counts.append(count)
-                means.append(moments.mean.to(wide) + moments.rest)
-                squares.append(moments.square.to(wide))
-        if not dual:
-            center, square = _join_chunks(counts, means, squares, m)
-            hi[group] = center.to(dtype)
-            lo[group] = (center - hi[group]).to(dtype)
-            v[group] = (square / (N - 1)).to(dtype)
+        operand_squares.clear()
+        reduced = [reduce(block, m) for block in parts]
+        moments = [each for each, _ in reduced]
+        if dual:
+            hi, lo, square = (_join([each[k] for each in moments], dim=3) for k in range(3))
+            v = square / (N - 1)
+            vhat = _join(operand_squares, dim=3) / (N - 1) if rounds else v
+        else:
+            center, square = _join_chunks(
+                [count for _, count in reduced],
+                [each.mean.to(wide) + each.rest for each in moments],
+                [each.square.to(wide) for each in moments],
+                m,
+            )
+            hi = center.to(dtype)
+            lo = (center - hi).to(dtype)
+            v = vhat = (square / (N - 1)).to(dtype)
+        groups.append((hi, lo, v, vhat))
         if m is not None:
             _mirror(m)
             diagonal = m.diagonal(dim1=-2, dim2=-1)
             if dual:
-                diagonal.copy_((torch.stack(energies).sum(0) / (N - 1)).flatten(0, 1))
+                diagonal.copy_((_sum([each.energy for each in moments], wide) / (N - 1)).flatten(0, 1))
             else:
                 diagonal.zero_()
 
-    var = (gamma - (v.to(wide) + eps).sqrt()).relu().mean()
+    hi, lo, v = (_join([group[k] for group in groups], dim=0) for k in range(3))
+    vhat = _join([group[3] for group in groups], dim=0) if rounds else v
+    w = v.to(wide)
+    var = (gamma - (w + eps if eps else w).sqrt()).relu_().mean()
     cov = torch.zeros_like(var)
     if covariance:
         norm = _sum_of_squares(M, wide)
         if dual:
-            norm = (norm - _sum_of_squares(vhat, wide)).clamp_min(0)
+            norm = (norm - _sum_of_squares(vhat, wide)).clamp_min_(0)
         cov = norm / (P * V * D)
-    inv = inv / (max(1, len(pairs)) * P * N * D)
+    inv = _sum(differences, wide) / (len(pairs) * P * N * D) if pairs else torch.zeros_like(var)
     return torch.stack((inv, var, cov)).to(dtype), Statistics(hi, lo, v, vhat, M)
 
 
@@ -210,74 +225,87 @@ def gradient(
     views: Sequence[Rows],
     pairs: Sequence[tuple[int, int]],
     statistics: Statistics,
-    upstream: Tensor,
+    upstream: Sequence[Tensor | None],
     totals: Sequence[Tensor | None],
     *,
     gamma: float,
     eps: float,
     product: str,
-    wanted: Sequence[bool],
     add: bool,
 ) -> None:
-    """Store the gradient of ``upstream`` (3,) times (inv, var, cov) in ``totals``, one a view, None: not needed.
+    """Store the gradient of ``upstream`` times (inv, var, cov) in ``totals``, one a view, None: not needed.
 
-    With ``add``, totals may be shared between views and start from zero.  ``wanted`` says which terms have an upstream gradient at all; a product that nobody asked for is not formed,
-    and an infinite term that nobody asked for spoils nothing.
+    With ``add``, totals may be shared between views and start from zero.  What an absent upstream gradient would
+    multiply is not computed: no product is formed in vain, and an infinite term that nobody asked for spoils
+    nothing.
     """
     V = len(views)
     P, N, D = views[0].shape
-    wants_inv, wants_var, wants_cov = wanted
+    inv_up, var_up, cov_up = upstream
     active = [view for view in range(V) if totals[view] is not None]
     every = len(active) == V
     dtype = statistics.hi.dtype
     dual = uses_dual(N, D)
-    inv_up, var_up, cov_up = upstream.to(dtype).unbind()
-
-    scale = cov_up * (4 / (P * V * D * (N - 1)))
-    column = torch.zeros_like(statistics.v)  # the factor of c_nd that does not depend on n
-    if wants_var:
-        std = (statistics.v + eps).sqrt()
-        column = torch.where((std < gamma) & (std > 0), -var_up / (P * V * D * (N - 1) * std), column)
     rounds = product != "ieee"
-    operand_column = torch.zeros_like(column) if rounds else column
-    if wants_cov and dual:
-        operand_column -= scale * statistics.vhat
 
     def chosen(t: Tensor) -> Tensor:
         return t if every else t[:, active]
 
+    # What c_nd is multiplied with besides M, for the variance and, on the dual side, for the operand.
+    column: Tensor | None = None
+    operand_column: Tensor | None = None
+    if var_up is not None:
+        std = (statistics.v + eps if eps else statistics.v).sqrt()
+        slope = var_up * (-1 / (P * V * D * (N - 1))) / std
+        column = torch.where((std < gamma) & (std > 0), slope, 0.0)
+    scale = None if cov_up is None else cov_up * (4 / (P * V * D * (N - 1)))
+    if scale is not None and dual:
+        operand_column = statistics.vhat * -scale
+    if not rounds:  # the operand is c itself: one factor
+        column = (
+            operand_column if column is None else column if operand_column is None else column + operand_column
+        )
+        operand_column = None
+
+    def of(t: Tensor, block: Block) -> Tensor:
+        return chosen(t[block.problems, :, :, block.features])
+
+    def differences(z: Tensor, up: Tensor) -> Tensor:
+        """The invariance's gradient for the active views of one block."""
+        found: dict[int, Tensor] = {}
+        factor = up * (2 / (len(pairs) * P * N * D))
+        for i, j in pairs:
+            d = (z[:, i] - z[:, j]).mul_(factor)
+            found[i] = found[i] + d if i in found else d
+            found[j] = found[j] - d if j in found else -d
+        return torch.stack([found[i] if i in found else torch.zeros_like(z[:, i]) for i in active], dim=1)
+
     def differentiate(block: Block, A: Tensor | None) -> None:
         """Store the gradient of one block; A is what its operand is multiplied with."""
         z = _read(views, block, dtype)
-        g = torch.zeros_like(chosen(z))
-        if wants_inv:
-            for i, j in pairs:
-                d = (z[:, i] - z[:, j]).mul_(inv_up * (2 / (len(pairs) * P * N * D)))
-                if i in active:
-                    g[:, active.index(i)] += d
-                if j in active:
-                    g[:, active.index(j)] -= d
-        if wants_var or wants_cov:
-            at = (block.problems, slice(None), None, block.features)
-            c = chosen(z).sub_(chosen(statistics.hi[at])).sub_(chosen(statistics.lo[at]))
+        g = differences(z, inv_up) if inv_up is not None and pairs else torch.zeros_like(chosen(z))
+        c = chosen(z)
+        if var_up is not None or A is not None:
+            c = c.sub_(of(statistics.hi, block)).sub_(of(statistics.lo, block))
+            if column is not None and (dual or rounds or A is None):
+                g.addcmul_(c, of(column, block))
+        if A is not None:
             o = precision.round_operand(c, product)
-            if rounds:
-                g.addcmul_(c, chosen(column[at]))
-            if dual or rounds or A is None:
-                g.addcmul_(o, chosen(operand_column[at]))
-            if A is not None:
-                o = o.flatten(0, 1)
-                g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
+            if operand_column is not None:
+                g.addcmul_(o, of(operand_column, block))
+            o = o.flatten(0, 1)
+            g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
         for view, values in zip(active, g.unbind(1), strict=True):
             total = totals[view]
             assert total is not None
             views[view].store(total, block, values, add)
 
-    for group, parts in blocks(V, P, N, D):
+    for group, group_blocks in blocks(V, P, N, D):
         A = None
-        if wants_cov:
+        if scale is not None:
             A = (chosen(statistics.M[group]) * scale).flatten(0, 1)
-            if not dual and not rounds:
-                A.diagonal(dim1=-2, dim2=-1).copy_(chosen(column[group]).flatten(0, 1))
-        for block in parts:
+            if not dual and not rounds and column is not None:
+                # The primal's M has a zero diagonal: the variance's factor rides on it.
+                A.diagonal(dim1=-2, dim2=-1).copy_(chosen(column[group]).flatten(0, 2))
+        for block in group_blocks:
             differentiate(block, A)
