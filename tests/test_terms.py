@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vicreg_fast import functional, reference
 from vicreg_fast.backends.aten import blocks, terms
-from vicreg_fast.rows import Block, Rows, uses_dual
+from vicreg_fast.rows import WHOLE, Rows, uses_dual
 
 from .data import HARD, U, far_mean, huge, normal, tiny
 
@@ -304,6 +304,7 @@ def test_blocks_cover_every_element_once(V: int, P: int, N: int, D: int) -> None
     for group, parts in blocks.blocks(V, P, N, D):
         for part in parts:
             assert part.problems == group
+            assert (part is WHOLE) == (len(list(blocks.blocks(V, P, N, D))) == len(parts) == 1)
             seen[part.problems, part.rows, part.features] += 1
     assert (seen == 1).all()
 
@@ -323,9 +324,8 @@ def test_rounded_operand_subtracts_its_own_diagonal() -> None:
 def test_rows_read_what_they_store() -> None:
     source = torch.randn(4, 6, 5)
     patch = torch.tensor([[0, 3, 3], [5, 1, 0], [2, 2, 2], [4, 0, 1]])
-    everything = Block(slice(None), slice(None), slice(None))
     for rows in (Rows(source, patch), Rows(source, patch.t(), across=True)):
         total = torch.zeros_like(source)
-        rows.store(total, everything, rows.read(everything))
+        rows.store(total, WHOLE, rows.read(WHOLE))
         times = torch.zeros(4, 6).scatter_add_(1, patch, torch.ones(4, 3))
         torch.testing.assert_close(total, source * times[..., None], rtol=1e-6, atol=1e-6)

@@ -40,7 +40,10 @@ class _WeightedTerms(torch.autograd.Function):
         ctx.save_for_backward(terms, *(w for w in weights if isinstance(w, Tensor)), *sources, *indices, *saved)
         outputs = []
         for group in terms.unbind():
-            weighted = [(w * t).to(t.dtype) for w, t in zip(weights, group.unbind(), strict=True)]
+            weighted = [
+                (w * t).to(t.dtype) if isinstance(w, Tensor) else t * w
+                for w, t in zip(weights, group.unbind(), strict=True)
+            ]
             outputs += [*weighted, weighted[0] + weighted[1] + weighted[2]]
         return tuple(outputs)
 

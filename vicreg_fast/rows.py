@@ -37,6 +37,10 @@ class Block(NamedTuple):
     features: slice
 
 
+# Every element of a view; recognised by identity, because slicing a tensor five times costs more than a small loss.
+WHOLE = Block(slice(None), slice(None), slice(None))
+
+
 class Rows(NamedTuple):
     """One view: a source (A, L, D) and which of its rows its problems are made of."""
 
@@ -60,7 +64,7 @@ class Rows(NamedTuple):
     def read(self, block: Block) -> Tensor:
         """The block's rows, (p, n, d), in the source's type; a view of the source where there is no ``patch``."""
         if self.patch is None and not self.across:
-            return self.source[block]
+            return self.source if block is WHOLE else self.source[block]
         source = self.source[:, :, block.features]
         if self.patch is not None:
             return source[self._image(block), self.patch[block.problems, block.rows]]
@@ -73,18 +77,18 @@ class Rows(NamedTuple):
         runs in sequence on a CPU, ``index_put_`` sorts on a GPU, where ``index_add_`` would race.  With
         ``add=False``, for rows without ``patch`` only, the values replace what is there.
         """
-        target = total[:, :, block.features]
         if self.patch is None:
-            if self.across:
-                target = target.transpose(0, 1)
-            target = target[block.problems, block.rows]
+            target = total.transpose(0, 1) if self.across else total
+            target = target if block is WHOLE else target[block]
             if add:
                 target.add_(values)
             else:
                 target.copy_(values)
             return
         row = self._image(block) * self.source.shape[1] + self.patch[block.problems, block.rows]
-        flat = target.flatten(0, 1)  # a view: the first two dimensions of a contiguous tensor
+        flat = total[:, :, block.features].flatten(
+            0, 1
+        )  # a view: the first two dimensions of a contiguous tensor
         if total.device.type == "cpu":
             flat.index_add_(0, row.flatten(), values.flatten(0, 1))
         else:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from . import precision
 from .multiview import Plan, problems
-from .rows import Block, uses_dual
-
-_EVERYTHING = Block(slice(None), slice(None), slice(None))
+from .rows import WHOLE, uses_dual
 
 
 def _statistics_gradient(z: Tensor, var_scale: Tensor | float, cov_scale: Tensor | float, plan: Plan) -> Tensor:
@@ -50,7 +48,7 @@ def gradient(
     with precision.exact_products("ieee", sources[0].device):
         for group, ups in zip(plan.groups(sources, indices), upstream, strict=True):
             inv, var, cov = (0.0 if up is None else up for up in ups)
-            z = [rows.read(_EVERYTHING).to(dtype) for _, rows in group]
+            z = [rows.read(WHOLE).to(dtype) for _, rows in group]
             V = len(z)
             P, _, D = z[0].shape
             g = [_statistics_gradient(each, var / (V * P * D), 2 * cov / (V * P * D), plan) for each in z]
@@ -61,5 +59,5 @@ def gradient(
             for (source, rows), values in zip(group, g, strict=True):
                 total = totals[source]
                 if total is not None:
-                    rows.store(problems(total), _EVERYTHING, values)
+                    rows.store(problems(total), WHOLE, values)
     return [total.to(s.dtype) for total, s in zip(totals, sources, strict=True) if total is not None]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...rows import Block, Rows, uses_dual
+from ...rows import WHOLE, Block, Rows, uses_dual
 from .blocks import STRIP, blocks
 
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
@@ -209,8 +209,7 @@ def terms(
 
     hi, lo, v = (_join([group[k] for group in groups], dim=0) for k in range(3))
     vhat = _join([group[3] for group in groups], dim=0) if rounds else v
-    w = v.to(wide)
-    var = (gamma - (w + eps if eps else w).sqrt()).relu_().mean()
+    var = (gamma - (v + eps if eps else v).sqrt()).relu_().mean().to(wide)
     cov = torch.zeros_like(var)
     if covariance:
         norm = _sum_of_squares(M, wide)
@@ -268,7 +267,7 @@ def gradient(
         operand_column = None
 
     def of(t: Tensor, block: Block) -> Tensor:
-        return chosen(t[block.problems, :, :, block.features])
+        return chosen(t if block is WHOLE else t[block.problems, :, :, block.features])
 
     def differences(z: Tensor, up: Tensor) -> Tensor:
         """The invariance's gradient for the active views of one block."""
