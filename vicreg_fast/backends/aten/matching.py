@@ -30,21 +30,8 @@ class Nearest(NamedTuple):
     candidate: Tensor
 
 
-def _center(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps less the candidates' mean; a row that is not finite does not reach the mean."""
-    shift = candidates.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).mean(dim=1, keepdim=True)
-    return queries - shift, candidates - shift
-
-
-def _finite_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with zeros in place of those that are not finite, and the squared norms of the originals."""
-    norm = rows.square().sum(-1)
-    # The norm of a row with an infinity or a NaN says which; its products would turn infinity into NaN.
-    return torch.where(norm.isfinite()[..., None], rows, 0), norm
-
-
 class _Operands(NamedTuple):
-    """Both maps of some images, ready for tiles: features centred and finite, with their squared norms."""
+    """Both maps of some images, ready for tiles: features centred, with their squared norms."""
 
     queries: Tensor
     candidates: Tensor
@@ -55,17 +42,21 @@ def _prepare(queries: Tensor, candidates: Tensor, dtype: torch.dtype) -> _Operan
     q, c = queries.to(dtype), candidates.to(dtype)
     if q.shape[-1] <= MAX_COORDINATES:
         return _Operands(q, c, None)
-    q, c = _center(q, c)
-    (q, q_norm), (c, c_norm) = _finite_rows(q), _finite_rows(c)
-    return _Operands(q, c, (q_norm, c_norm))
+    # Any common vector will do; a channel in which some candidate is not finite stays as it is.
+    shift = c.mean(dim=1, keepdim=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    q, c = q - shift, c - shift
+    return _Operands(q, c, (q.square().sum(-1), c.square().sum(-1)))
 
 
 def _tile(operands: _Operands, part: slice) -> Tensor:
     """Ordering values of a part of the queries to every candidate; NaN ordered behind infinity."""
     q, c, norms = operands
     if norms is not None:
-        tile = torch.baddbmm(norms[0][:, part, None], q[:, part], c.mT, alpha=-2)
-        tile += norms[1][:, None, :]
+        q_norm, c_norm = norms[0][:, part, None], norms[1][:, None, :]
+        tile = torch.baddbmm(q_norm, q[:, part], c.mT, alpha=-2)
+        # The sum of the norms says what the distance of a row that is not finite is: infinity, or no number.
+        # Its products would turn one into the other.
+        tile = torch.where((q_norm + c_norm).isfinite(), tile.add_(c_norm), q_norm + c_norm)
     else:
         axes = zip(q[:, part].unbind(-1), c.unbind(-1), strict=True)
         squares = ((a[:, :, None] - b[:, None, :]).square_() for a, b in axes)

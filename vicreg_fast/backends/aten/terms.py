@@ -220,6 +220,10 @@ def terms(
     return torch.stack((inv, var, cov)).to(dtype), Statistics(hi, lo, v, vhat, M)
 
 
+def _copy_negative(into: Tensor, d: Tensor) -> Tensor:
+    return torch.neg(d, out=into)
+
+
 def gradient(
     views: Sequence[Rows],
     pairs: Sequence[tuple[int, int]],
@@ -271,13 +275,19 @@ def gradient(
 
     def differences(z: Tensor, up: Tensor) -> Tensor:
         """The invariance's gradient for the active views of one block."""
-        found: dict[int, Tensor] = {}
+        g = torch.empty_like(z) if every else z.new_empty((z.shape[0], len(active), *z.shape[2:]))
+        into = dict(zip(active, g.unbind(1), strict=True))
+        fresh = set(active)
         factor = up * (2 / (len(pairs) * P * N * D))
         for i, j in pairs:
             d = (z[:, i] - z[:, j]).mul_(factor)
-            found[i] = found[i] + d if i in found else d
-            found[j] = found[j] - d if j in found else -d
-        return torch.stack([found[i] if i in found else torch.zeros_like(z[:, i]) for i in active], dim=1)
+            for view, write, accumulate in ((i, Tensor.copy_, Tensor.add_), (j, _copy_negative, Tensor.sub_)):
+                if view in into:
+                    (write if view in fresh else accumulate)(into[view], d)
+                    fresh.discard(view)
+        for view in fresh:
+            into[view].zero_()
+        return g
 
     def differentiate(block: Block, A: Tensor | None) -> None:
         """Store the gradient of one block; A is what its operand is multiplied with."""
