@@ -45,7 +45,7 @@ def main() -> None:
     eager = 2 * 3 * (2 * N * D * D)  # autograd of c'c takes two products in the backward
     figure, axes = plt.subplots(figsize=(9.6, 6.0), facecolor="white")
     gap = 0.09 * D
-    across = D + 2.2 * gap
+    across = D + 1.5 * gap
 
     square(axes, 0, 0, D, D, PRIMAL)
     square(axes, 0, D + gap, D, N, DATA)  # the data, N x D, under the side it shares with c'c

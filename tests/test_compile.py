@@ -1,0 +1,316 @@
+"""torch.compile: one graph, and the values and gradients of the reference in eager mode."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vicreg_fast import VICRegLLoss, VICRegLoss, operators
+from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
+
+# Closed forms against formulas, blocks summed in another order: hundreds of units of 2^-53.
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+B, P1, P2, C, D, M = 4, 9, 8, 6, 5, 3
+KINDS = ("vicreg", "image", "slot")  # VICRegLoss, and VICRegLLoss by its statistics
+every_kind = pytest.mark.parametrize("kind", KINDS)
+dual_and_primal = pytest.mark.parametrize("shape", [(6, 16), (16, 6)], ids=["dual", "primal"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    z = 0.7 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return z.to(dtype)
+
+
+def make_loss(kind: str, **options: Any) -> nn.Module:
+    if kind == "vicreg":
+        return VICRegLoss(**options)
+    return VICRegLLoss(M, statistics=kind, **options)
+
+
+def arguments(
+    kind: str, images: int = B, features: int = D, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """The loss's arguments, the locations last."""
+    globals_ = [randn(images, features, seed=seed, dtype=dtype).requires_grad_() for seed in (1, 2)]
+    if kind == "vicreg":
+        return globals_
+    maps = [randn(images, P, C, seed=P, dtype=dtype).requires_grad_() for P in (P1, P2)]
+    return [*maps, *globals_, *(randn(images, P, 2, seed=P + 20) for P in (P1, P2))]
+
+
+def evaluate(loss: Any, inputs: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Values and the gradients of the total."""
+    losses = loss(*inputs)
+    gradients = torch.autograd.grad(losses["loss"], [z for z in inputs if z.requires_grad])
+    return {name: value.detach() for name, value in losses.items()}, list(gradients)
+
+
+def assert_right(compiled: Any, truth: nn.Module, inputs: list[torch.Tensor]) -> None:
+    """Values and gradients equal those of ``truth``, a loss of the reference backend in eager mode."""
+    assert truth.backend == "reference"
+    torch.testing.assert_close(evaluate(compiled, inputs), evaluate(truth, inputs), **EXACT)
+
+
+@every_kind
+def test_one_graph_with_the_references_values_and_gradients(kind):
+    compiled = torch.compile(make_loss(kind), fullgraph=True, backend="aot_eager")
+    assert_right(compiled, make_loss(kind, backend="reference"), arguments(kind))
+
+
+@dual_and_primal
+def test_one_graph_on_both_sides_of_the_covariance(shape):
+    compiled = torch.compile(VICRegLoss(), fullgraph=True, backend="aot_eager")
+    assert_right(compiled, VICRegLoss(backend="reference"), arguments("vicreg", *shape))
+
+
+def test_inductor():
+    compiled = torch.compile(VICRegLoss(gamma=0.8, eps=1e-4), fullgraph=True, backend="inductor")
+    assert_right(compiled, VICRegLoss(gamma=0.8, eps=1e-4, backend="reference"), arguments("vicreg"))
+
+
+@every_kind
+def test_compiled_reference_backend(kind):
+    compiled = torch.compile(make_loss(kind, backend="reference"), fullgraph=True, backend="aot_eager")
+    assert_right(compiled, make_loss(kind, backend="reference"), arguments(kind))
+
+
+@every_kind
+def test_every_term_is_differentiable_by_itself(kind):
+    inputs = arguments(kind)
+    compiled = torch.compile(make_loss(kind), fullgraph=True, backend="aot_eager")(*inputs)
+    truth = make_loss(kind, backend="reference")(*inputs)
+    differentiable = [z for z in inputs if z.requires_grad]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    for name in truth:
+        found = torch.autograd.grad(compiled[name], differentiable, **options)
+        true = torch.autograd.grad(truth[name], differentiable, **options)
+        torch.testing.assert_close(found, true, **EXACT)
+
+
+@every_kind
+def test_inference_without_gradients(kind):
+    compiled = torch.compile(make_loss(kind), fullgraph=True, backend="aot_eager")
+    inputs = arguments(kind)
+    with torch.no_grad():
+        losses = compiled(*inputs)
+        truth = make_loss(kind, backend="reference")(*inputs)
+    assert not any(loss.requires_grad for loss in losses.values())
+    torch.testing.assert_close(losses, truth, **EXACT)
+
+
+@every_kind
+def test_a_second_shape_needs_no_second_graph(kind):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(make_loss(kind), fullgraph=True, dynamic=True, backend=counter)
+    truth = make_loss(kind, backend="reference")
+    # More images than 0.8 features throughout: the side of the covariance is part of a graph.
+    for images, features in ((7, 5), (11, 6), (9, 8)):
+        assert_right(compiled, truth, arguments(kind, images, features))
+    assert counter.frame_count == 1
+
+
+def test_a_second_shape_on_the_other_side_of_the_covariance():
+    compiled = torch.compile(VICRegLoss(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for images, features in ((7, 5), (5, 14), (20, 6)):
+        assert_right(compiled, VICRegLoss(backend="reference"), arguments("vicreg", images, features))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_under_autocast_products_are_not_rounded(kind, dtype):
+    inputs = arguments(kind, dtype=dtype)
+    compiled = torch.compile(make_loss(kind), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, gradients = evaluate(compiled, inputs)
+    exact = [z.detach().double().requires_grad_(z.requires_grad) for z in inputs]
+    true_losses, true_gradients = evaluate(make_loss(kind, backend="reference"), exact)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        # Computed in float32, some units of 2^-24; a bfloat16 product errs by 2^-8.
+        torch.testing.assert_close(loss.double(), true_losses[name], rtol=2e-6, atol=1e-7)
+    # A gradient is rounded to its input's type.
+    rtol = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+    for gradient, truth in zip(gradients, true_gradients, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), truth, rtol=rtol, atol=1e-5)
+
+
+def test_a_network_and_its_loss_in_one_graph_under_autocast():
+    network = nn.Linear(D, D)
+    with torch.no_grad():
+        network.weight.copy_(randn(D, D, seed=3))
+        network.bias.zero_()
+
+    def step(a, b):
+        return VICRegLoss()(network(a), network(b))["loss"]
+
+    a, b = (z.detach() for z in arguments("vicreg", 16, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.compile(step, fullgraph=True, backend="aot_eager")(a, b)
+        embeddings = network(a).detach().double(), network(b).detach().double()
+    assert loss.dtype == torch.float32
+    truth = VICRegLoss(backend="reference")(*embeddings)["loss"]
+    torch.testing.assert_close(loss.detach().double(), truth, rtol=2e-6, atol=1e-7)
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["inv_coeff", "var_coeff", "cov_coeff", "gamma", "eps"])
+def test_an_attribute_changed_between_calls_counts(kind, name):
+    loss, truth, inputs = make_loss(kind), make_loss(kind, backend="reference"), arguments(kind)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_right(compiled, truth, inputs)
+    for value in (0.5, 0.25, 0.125):
+        setattr(loss, name, value)
+        setattr(truth, name, value)
+        assert_right(compiled, truth, inputs)
+
+
+def test_a_trainable_coefficient_is_differentiated():
+    coefficient = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    x, y = arguments("vicreg")
+    compiled = torch.compile(VICRegLoss(inv_coeff=coefficient), fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x, y)["loss"], coefficient)
+    torch.testing.assert_close(gradient, (x - y).square().mean().detach(), **EXACT)
+
+
+def test_alpha_changed_between_calls_leaves_out_a_part():
+    loss, truth, inputs = VICRegLLoss(M), VICRegLLoss(M, backend="reference"), arguments("image")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for alpha in (0.75, 0.5, 1.0, 0.0):
+        loss.alpha = truth.alpha = alpha
+        losses = compiled(*inputs)
+        assert set(losses) == set(truth(*inputs))
+        torch.testing.assert_close(losses, truth(*inputs), **EXACT)
+
+
+@every_kind
+def test_dynamo_finds_no_graph_break(kind):
+    found = torch._dynamo.explain(make_loss(kind))(*arguments(kind))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
+def test_bad_input_raises_its_own_error():
+    """With ``fullgraph=True`` the compiler reports an exception of the traced code in words of its own."""
+    compiled = torch.compile(VICRegLoss(), backend="aot_eager")
+    x, y = arguments("vicreg")
+    with pytest.raises(ValueError, match="y needs the shape of x"):
+        compiled(x, y[:2])
+
+
+# -- the registered operators -----------------------------------------------------------------------------------
+
+CHECKS = ("test_schema", "test_faketensor")
+
+
+def local_indices(across: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    # Queries and candidates of maps 1, 2, 2, 1 in each of the two groups.
+    found = [torch.randint(P, (B, M), generator=generator) for P in (P1, P2, P2, P1) * 2]
+    return [index.t() for index in found] if across else found
+
+
+def transposed(*shape: int, seed: int) -> torch.Tensor:
+    return randn(*shape, seed=seed).mT.contiguous().mT
+
+
+def operator_cases() -> dict[str, tuple[Plan, list[torch.Tensor], list[torch.Tensor]]]:
+    maps = [randn(B, P, C, seed=P) for P in (P1, P2)]
+    halves = [z.to(torch.bfloat16) for z in maps]
+    wide, tall = ([randn(*shape, seed=seed) for seed in (1, 2)] for shape in ((6, 16), (16, 6)))
+    batches = [randn(2, 3, 7, 5, seed=seed) for seed in (1, 2)]
+    return {
+        "dual": (TWO_VIEWS, wide, []),
+        "primal": (TWO_VIEWS._replace(gamma=0.5, eps=1e-4), tall, []),
+        "batches": (TWO_VIEWS, batches, []),
+        "transposed": (TWO_VIEWS, [transposed(16, 6, seed=1), transposed(16, 6, seed=2)], []),
+        "float32": (TWO_VIEWS, [z.float() for z in tall], []),
+        "mixed types": (TWO_VIEWS, [tall[0].float(), tall[1].bfloat16()], []),
+        "one view": (ONE_VIEW, tall[:1], []),
+        "variance only": (ONE_VIEW._replace(covariance=False), tall[:1], []),
+        "image": (LOCAL_VIEWS, maps, local_indices(False)),
+        "slot": (LOCAL_VIEWS._replace(across=True), maps, local_indices(True)),
+        "slot bfloat16": (LOCAL_VIEWS._replace(across=True), halves, local_indices(True)),
+    }
+
+
+every_operator_case = pytest.mark.parametrize("name", operator_cases())
+
+
+def plain(plan: Plan) -> list[Any]:
+    """The constants as the operators' schemas have them."""
+    return [list(value) if isinstance(value, tuple) else value for value in plan]
+
+
+@every_operator_case
+def test_opcheck_terms(name):
+    plan, sources, indices = operator_cases()[name]
+    torch.library.opcheck(torch.ops.vicreg_fast.terms, (sources, indices, *plain(plan)), test_utils=CHECKS)
+
+
+@every_operator_case
+@pytest.mark.parametrize("partial", [False, True], ids=["all", "some"])
+def test_opcheck_gradient(name, partial):
+    plan, sources, indices = operator_cases()[name]
+    terms, *saved = torch.ops.vicreg_fast.terms(sources, indices, *plain(plan))
+    upstream: list[torch.Tensor | None] = list(torch.ones_like(terms).flatten().unbind())
+    needs = [True] * len(sources)
+    if partial:
+        upstream[0] = None
+        needs[0] = len(sources) == 1
+    torch.library.opcheck(
+        torch.ops.vicreg_fast.gradient,
+        (sources, indices, saved, upstream, needs, *plain(plan)),
+        test_utils=CHECKS,
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 3, 6], ids="{}channels".format)
+@pytest.mark.parametrize("order", ["distance", "patch"])
+@pytest.mark.parametrize("num_matches", [1, 3, 8])
+def test_opcheck_match(channels, order, num_matches):
+    queries, candidates = randn(B, P1, channels, seed=1), randn(B, P2, channels, seed=2)
+    torch.library.opcheck(
+        torch.ops.vicreg_fast.match, (queries, candidates, num_matches, order, "aten"), test_utils=CHECKS
+    )
+
+
+@every_kind
+def test_a_graph_holds_the_operators_and_eager_code_does_not(kind, monkeypatch):
+    """An operator costs more than the call it hides, and a traced loop over blocks thousands of nodes."""
+    compiled = make_loss(kind)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record)
+    losses = torch.compile(compiled, fullgraph=True, backend=backend)(*arguments(kind))
+    losses["loss"].backward()
+    called = [
+        str(node.target)
+        for graph in graphs
+        for node in graph.graph.nodes
+        if "vicreg_fast" in str(node) or "vicreg_fast" in str(node.target)
+    ]
+    parts = 1 if kind == "vicreg" else 2  # the global embeddings and the matched patches
+    assert called.count("vicreg_fast.terms.default") == parts
+    assert called.count("vicreg_fast.gradient.default") == parts
+    assert called.count("vicreg_fast.match.default") == (0 if kind == "vicreg" else 2)
+
+    def forbidden(*arguments: Any) -> None:
+        raise AssertionError("eager code called a registered operator")
+
+    fake = type("Operators", (), {name: forbidden for name in ("terms", "gradient", "match")})
+    monkeypatch.setattr(torch.ops, "vicreg_fast", fake)
+    assert operators.torch.ops.vicreg_fast is fake
+    make_loss(kind)(*arguments(kind))["loss"].backward()

@@ -1,0 +1,218 @@
+"""``python -m vicreg_fast``: what this machine is, whether the losses are right on it, and how fast, in a minute."""
+
+import argparse
+import math
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import VICRegLLoss, VICRegLoss, __version__, backends, functional
+
+# What is allowed, of a result's scale; in float32, where eager code is right by luck: a few roundings.
+_FLOORS = {torch.float64: 1e-10, torch.float32: 8 * 2.0**-24}
+_SECONDS = 3.0  # for the speed of one shape; a round that has begun is finished
+_ROUNDS = 200  # enough for a median
+
+
+class Case(NamedTuple):
+    """A loss and its shape: (..., N, D), or (B, P1, P2, C) of VICRegL's local part where ``matches`` is not 0."""
+
+    shape: tuple[int, ...]
+    matches: int = 0
+    eps: float = 0.0
+    statistics: str = "image"
+    match_order: str = "distance"
+
+    def __str__(self) -> str:
+        name = "x".join(map(str, self.shape)) + (f" eps={self.eps:g}" if self.eps else "")
+        local = f"VICRegL local {name} m={self.matches} {self.statistics}/{self.match_order}"
+        return local if self.matches else f"VICReg {name}"
+
+
+_PARITY = [Case(shape) for shape in ((8, 16), (2, 64), (50, 64), (33, 257))]  # dual: an N x N product
+_PARITY += [Case(shape) for shape in ((16, 8), (52, 64), (64, 64), (257, 33))]  # primal: D x D
+_PARITY += [Case(shape) for shape in ((2, 1), (33, 1), (5, 33, 20), (3, 2, 9, 40))]  # one feature; batched
+_PARITY += [Case(shape, eps=1e-4) for shape in ((64, 32), (32, 64), (4, 7, 12))]
+for _order in ("distance", "patch"):
+    _PARITY += [Case((6, 12, 9, C), 5, 0.0, s, _order) for s in ("image", "slot") for C in (4, 16)]
+_PARITY += [Case((6, 12, 9, 16), 5, 1e-4, s) for s in ("image", "slot")]
+_SPEED = [Case(shape) for shape in ((8, 16), (256, 2048), (2048, 512), (256, 4096))]
+_SPEED += [Case((8, 49, 49, 128), 10)]
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Two views, the second a noisy copy of the first, and any locations: the same numbers in every type."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    B, P1, P2, C = case.shape if case.matches else (1, 1, 1, 1)
+    x = 0.7 * normal((B, max(P1, P2), C) if case.matches else case.shape)
+    y = x + 0.1 * normal(x.shape)
+    inputs = [x[:, :P1], y[:, :P2], normal((B, P1, 2)), normal((B, P2, 2))] if case.matches else [x, y]
+    return [z.to(device, dtype).detach().requires_grad_(k < 2) for k, z in enumerate(inputs)]
+
+
+def _losses(case: Case, backend: str) -> Callable[..., dict[str, Tensor]]:
+    """The loss as users call it; "reference" is eager code by the definition."""
+    options: dict[str, Any] = {"eps": case.eps, "backend": backend, "precision": "highest"}
+    if case.matches:
+        options |= {"statistics": case.statistics, "match_order": case.match_order}
+        local = VICRegLLoss(case.matches, 0.0, **options)
+        return lambda x, y, *locations: dict(local(x, y, None, None, *locations))
+    if len(case.shape) == 2:
+        return VICRegLoss(**options)
+    return lambda x, y: functional.vicreg_terms(x, y, **options)._asdict()
+
+
+def _evaluate(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every loss and its gradient, by name, in float64 on the CPU."""
+    inputs = _inputs(case, dtype, device)
+    found: dict[str, Tensor] = {}
+    for name, value in _losses(case, backend)(*inputs).items():
+        gradients = torch.autograd.grad(value, inputs[:2], retain_graph=True, materialize_grads=True)
+        found |= {name: value.detach(), f"gradient of {name}": torch.cat([g.flatten() for g in gradients])}
+    return {name: result.cpu().double() for name, result in found.items()}
+
+
+def _ratio(error: float, allowed: float) -> float:
+    """How far an error exhausts what is allowed; infinite for NaN, and for any error where none is."""
+    return 0.0 if error == 0 else error / allowed if error < math.inf and allowed > 0 else math.inf
+
+
+def _check(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float, str]:
+    """The worst result in one type, judged by the definition in float64 on the CPU.
+
+    Its error relative to what is allowed, its error relative to its scale, and both in words.
+    """
+    truth = _evaluate(case, "reference", torch.float64, torch.device("cpu"))
+    fast = _evaluate(case, "auto", dtype, device)
+    eager = truth if dtype == torch.float64 else _evaluate(case, "reference", dtype, device)
+    found: list[tuple[float, float, str]] = []
+    for name, true in truth.items():
+        # The hinge subtracts from gamma = 1, times the variance's weight.  The covariance needs no such allowance:
+        # of normal data the dual side subtracts less than it leaves.
+        scale = float(true.norm()) + {"var": 1, "var-loss": 15, "loss": 15}.get(name.split("/")[-1], 0)
+        error = float((fast[name] - true).norm())
+        allowed = 2 * float((eager[name] - true).norm()) + _FLOORS[dtype] * scale
+        strain, relative = _ratio(error, allowed), _ratio(error, scale)
+        words = f"{case}, {name}: error {relative:.1e} of its scale, {strain:.2g} of what is allowed"
+        found.append((strain, relative, words))
+    return max(found)
+
+
+def _parity(device: torch.device) -> bool:
+    """Check every case, print what was found, and say whether all is well."""
+    print(f"\nParity with the definition in float64: losses and gradients of {len(_PARITY)} cases on {device}")
+    dtypes = list(_FLOORS)
+    if device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
+        dtypes.remove(torch.float64)
+        print("  this device has no float64: float32 alone is checked")
+    print("  shapes: N x D, before them batches; local: B x P1 x P2 x C, m matches, statistics/match order")
+    failures: list[str] = []
+    for dtype in dtypes:
+        found: list[tuple[float, float, str]] = []
+        for case in _PARITY:
+            try:
+                found.append(_check(case, device, dtype))
+            except RuntimeError as raised:  # an operator that the device lacks, or memory: go on with the rest
+                failures.append(f"{dtype} {case}: {raised}")
+        failures += [f"{dtype} {words}" for strain, _, words in found if strain > 1]
+        worst = max((relative for _, relative, _ in found), default=math.nan)
+        rule = f"{_FLOORS[dtype]:.1e} x scale" + (" + 2 x eager's error" if dtype == torch.float32 else "")
+        print(f"  {dtype}: worst relative error {worst:.1e}; allowed {rule}; nearest to that:")
+        print(f"    {max(found)[2] if found else 'nothing ran'}")
+    for failure in failures:
+        print(f"  FAILED {failure}")
+    print(f"  {len(failures)} FAILED" if failures else "  all passed")
+    return not failures
+
+
+def _speed(device: torch.device) -> None:
+    """Print a table of speed against eager code."""
+    print(f"\nSpeed on {device}: forward and backward in float32, medians of interleaved rounds")
+    print(f"  {'':50}{'eager':>10}{'vicreg_fast':>13}{'faster':>9}{'rounds':>8}")
+    for case in _SPEED:
+        inputs = _inputs(case, torch.float32, device)
+        sides = [(_losses(case, backend), list[float]()) for backend in ("reference", "auto")]
+        begin, rounds = time.perf_counter(), -1  # the first round warms up
+        while rounds < 1 or (rounds < _ROUNDS and time.perf_counter() - begin < _SECONDS):
+            for losses, times in sides:
+                start = time.perf_counter()
+                torch.autograd.grad(losses(*inputs)["loss"], inputs[:2])
+                if device.type != "cpu":  # at this one's end, and so at the next one's start
+                    torch.accelerator.synchronize(device)
+                times.append(time.perf_counter() - start)
+            rounds += 1
+        eager, fast = (statistics.median(times[1:]) * 1e3 for _, times in sides)
+        print(f"  {case!s:50}{eager:>7.3g} ms{fast:>10.3g} ms{eager / fast:>8.1f}x{rounds:>8}", flush=True)
+    print("  A sketch, made in seconds beside whatever else runs here; benchmarks/ measures properly.")
+
+
+def _devices() -> dict[str, str]:
+    """Every device that torch can use here, with what is known of it."""
+    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    for k in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(k)
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        found[f"cuda:{k}"] = f"{about.name}, {runtime}, capability {about.major}.{about.minor}"
+    found |= {f"xpu:{k}": torch.xpu.get_device_name(k) for k in range(torch.xpu.device_count())}
+    return found | ({"mps": "Metal"} if torch.backends.mps.is_available() else {})
+
+
+def _machine(devices: dict[str, str]) -> None:
+    """Print what runs here, and which backend each device gets."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
+    names = sorted(set(metadata.packages_distributions().get("triton", ())))
+    triton = ", ".join(f"{metadata.version(name)} ({name})" for name in names) or "not installed"
+    print(f"vicreg_fast {__version__} on {platform.platform()}; {processor}; {torch.get_num_threads()} threads")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton}")
+    for name, about in devices.items():
+        device, why = torch.device(name), "Triton can run there"
+        try:
+            backends.choose("triton", device)
+        except ValueError as error:
+            why = str(error).partition(";")[0]  # what follows is advice
+        print(f"  {name} ({about}): backend 'auto' is {backends.choose('auto', device)!r}, for {why}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vicreg_fast",
+        description="Say what this machine is and which backend the losses use on it, check losses and gradients "
+        "against their definition in float64, and sketch the speed against eager code. Takes half a minute.",
+        epilog="exit status: 0 where all is well, 1 where a check failed, 2 for a bad argument, 130 after Ctrl-C",
+    )
+    parser.add_argument("--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1, xpu or mps "
+                        "(default: cuda where there is one, else cpu)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="check only, without the speed: a few seconds")
+    arguments = parser.parse_args(argv)
+    try:
+        devices = _devices()
+        name = arguments.device or ("cuda:0" if "cuda:0" in devices else "cpu")
+        name = name if name in devices else f"{name}:0"
+        if name not in devices:
+            parser.error(f"no device {arguments.device!r} here, only {', '.join(devices)}")
+        _machine(devices)
+        if not _parity(torch.device(name)):
+            return 1
+        if not arguments.quick:
+            _speed(torch.device(name))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
