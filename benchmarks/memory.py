@@ -10,7 +10,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes allocated at once during ``call`` beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    results = record.profiler.kineto_results  # type: ignore[union-attr]
+    assert record.profiler is not None
+    results = record.profiler.kineto_results
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"
     )

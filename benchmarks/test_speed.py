@@ -40,9 +40,10 @@ def test_step(
 
     time_eager()
     rounds = _rounds(times.pop())
-    benchmark.pedantic(fast, setup=time_eager, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(fast, setup=time_eager, rounds=rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
     if benchmark.disabled:
         return
+    assert benchmark.stats is not None
     ours = benchmark.stats.stats.median
     theirs = statistics.median(times)
     benchmark.extra_info.update(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -36,7 +37,8 @@ def wrong_by(factor: float, monkeypatch: pytest.MonkeyPatch, features: int | Non
 
     def wrong(views: Any, *args: Any, **kwargs: Any) -> Any:
         values, statistics = right(views, *args, **kwargs)
-        return values * (factor if features in (None, views[0].shape[2]) else 1.0), statistics
+        scale = factor if features in (None, views[0].shape[2]) else 1.0
+        return [value * scale for value in values], statistics
 
     monkeypatch.setattr(terms, "terms", wrong)
 
@@ -124,7 +126,7 @@ def test_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_absent_triton_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(command.metadata, "packages_distributions", dict)
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
     command._machine({"cpu": ""})
     assert "Triton not installed" in capsys.readouterr().out
 

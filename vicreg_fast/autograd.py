@@ -33,27 +33,31 @@ class _WeightedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, count: int, *tensors: Any) -> tuple[Tensor, ...]:
         weights, sources, indices = tensors[:3], tensors[3 : 3 + count], tensors[3 + count :]
-        terms, *saved = operators.terms(plan, sources, indices)
+        outputs = operators.terms(plan, sources, indices)
+        count_terms = 3 * len(plan.group_sizes)
+        terms, saved = outputs[:count_terms], outputs[count_terms:]
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.count, ctx.index_count = plan, count, len(indices)
         ctx.weights = tuple(None if isinstance(w, Tensor) else w for w in weights)
-        ctx.save_for_backward(terms, *(w for w in weights if isinstance(w, Tensor)), *sources, *indices, *saved)
-        outputs = []
-        for group in terms.unbind():
-            weighted = [
+        held = (w for w in weights if isinstance(w, Tensor))
+        ctx.save_for_backward(*held, *sources, *indices, *saved, *terms)
+        weighted: list[Tensor] = []
+        for at in range(0, count_terms, 3):
+            inv, var, cov = (
                 (w * t).to(t.dtype) if isinstance(w, Tensor) else t * w
-                for w, t in zip(weights, group.unbind(), strict=True)
-            ]
-            outputs += [*weighted, weighted[0] + weighted[1] + weighted[2]]
-        return tuple(outputs)
+                for w, t in zip(weights, terms[at : at + 3], strict=True)
+            )
+            weighted += [inv, var, cov, inv + var + cov]
+        return tuple(weighted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         plan, count = ctx.plan, ctx.count
-        terms, *rest = ctx.saved_tensors
+        rest = list(ctx.saved_tensors)
         weights = [rest.pop(0) if w is None else w for w in ctx.weights]
         split = count + ctx.index_count
-        sources, indices, saved = rest[:count], rest[count:split], rest[split:]
+        count_terms = 3 * len(plan.group_sizes)
+        sources, indices, saved = rest[:count], rest[count:split], rest[split:-count_terms]
         needs_weights, needs = ctx.needs_input_grad[2:5], ctx.needs_input_grad[5 : 5 + count]
 
         # Per group: what multiplies each unweighted term once its weight is applied; None: nothing.
@@ -67,14 +71,14 @@ class _WeightedTerms(torch.autograd.Function):
 
         weight_grads: list[Tensor | None] = [None] * 3
         if any(needs_weights):
-            if differentiable:
-                terms = unweighted_terms(plan, sources, indices)
+            terms = unweighted_terms(plan, sources, indices) if differentiable else rest[-count_terms:]
             for k, (w, need) in enumerate(zip(weights, needs_weights, strict=True)):
                 if not need:
                     continue
                 total = None
-                for group, values in zip(reached, terms.unbind(), strict=True):
-                    total = _add(total, None if group[k] is None else group[k] * values[k])
+                for number, group in enumerate(reached):
+                    up = group[k]
+                    total = _add(total, None if up is None else up * terms[3 * number + k])
                 weight_grads[k] = None if total is None else total.to(w.device, w.dtype).reshape(w.shape)
 
         grads: list[Tensor | None] = [None] * count
@@ -97,7 +101,7 @@ def weighted_terms(
     return [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
 
 
-def unweighted_terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """The terms as one differentiable tensor (G, 3)."""
+def unweighted_terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """inv, var, cov of every group, differentiable."""
     groups = weighted_terms(plan, (1.0, 1.0, 1.0), sources, indices)
-    return torch.stack([torch.stack(group[:3]) for group in groups])
+    return [term for group in groups for term in group[:3]]

@@ -13,6 +13,7 @@ from .precision import PRECISIONS
 STATISTICS = ("image", "slot")
 MATCH_ORDERS = ("distance", "patch")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _COORDINATES = (2, 3)
 
 
@@ -95,10 +96,7 @@ def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers:
             raise TypeError(f"{name} needs a tensor of shape {shape}, got {type(value).__name__}")
         if value.ndim != ndim if ndim is not None else value.ndim < 2:
             raise ValueError(f"{name} needs shape {shape}, got {tuple(value.shape)}")
-        allowed = value.dtype in _FLOATING
-        if integers and not allowed:
-            allowed = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-        if not allowed:
+        if value.dtype not in (_FLOATING + _INTEGERS if integers else _FLOATING):
             raise TypeError(
                 f"{name} needs dtype float16, bfloat16, float32 or float64, got {str(value.dtype)[6:]}"
             )

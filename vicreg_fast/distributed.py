@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 _MAX_DIMS = 4
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def world_size(group: Any) -> int:
@@ -77,6 +80,24 @@ def _describe(said: list[int], at: int) -> str:
     return f"{shape} {str(_DTYPES[said[at + 1]])[6:]}"
 
 
+class _Once(torch.autograd.Function):
+    """The identity, in a backward pass: what other ranks would add to a second derivative is not here."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "gather_distributed=True has no second derivative: it would need the other ranks' part"
+        )
+
+
+def _once(grad: Tensor) -> Tensor:
+    return _Once.apply(grad) if torch.is_grad_enabled() else grad  # type: ignore[no-untyped-call]
+
+
 class _GatherRows(torch.autograd.Function):
     """forward: every rank's rows, in the order of ranks.  backward: R times this rank's part of the gradient."""
 
@@ -92,9 +113,8 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad[ctx.start : ctx.start + ctx.count] * ctx.ranks, None, None
+        return _once(grad[ctx.start : ctx.start + ctx.count] * ctx.ranks), None, None
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
@@ -114,9 +134,8 @@ class _AverageOverSamples(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad * ctx.factor, None, None
+        return _once(grad * ctx.factor), None, None
 
 
 def average_over_samples(values: Tensor, counts: list[int], group: Any) -> Tensor:

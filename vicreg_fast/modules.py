@@ -359,8 +359,10 @@ class VICRegLLoss(_Loss):
             checks.local_inputs(maps, locations, num_matches)
         except (TypeError, ValueError) as found:
             error = found
-        counts = distributed.exchange_counts(maps, error, self.process_group)
-        if statistics == "image":
+        across = statistics == "slot"
+        exchanged = {**maps, **locations} if across else maps
+        counts = distributed.exchange_counts(exchanged, error, self.process_group)
+        if not across:
             return counts, maps, locations
 
         def gather(named: dict[str, Any]) -> dict[str, Any]:

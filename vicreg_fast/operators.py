@@ -17,7 +17,7 @@ from .rows import uses_dual
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[terms (G, 3), then the statistics of every group]."""
+    """[inv, var, cov of every group, then the statistics of every group]."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
@@ -82,7 +82,7 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     plan = Plan(*constants)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
-    outputs = [new((len(plan.group_sizes), 3), dtype=dtype)]
+    outputs = [new((), dtype=dtype) for _ in range(3 * len(plan.group_sizes))]
     for group in plan.groups(sources, indices):
         V = len(group)
         P, N, D = group[0][1].shape

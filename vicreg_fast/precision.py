@@ -35,11 +35,11 @@ def resolve_product(precision: str | None, device: torch.device, dtypes: Sequenc
 
     Reads torch's global setting, so it belongs inside an operator: in traced code the read is a graph break.
     """
-    if device.type != "cuda" or torch.float64 in dtypes:
+    if device.type != "cuda" or torch.float64 in dtypes or precision == "highest":
         return "ieee"
     if precision == "medium":
         return "bf16"
-    # TF32 holds every bit of a bfloat16 or float16 input.
+    # A product in the input's own type: TF32 has the mantissa of float16 and more than that of bfloat16.
     if precision == "high" or all(dtype.itemsize == 2 for dtype in dtypes):
         return "tf32"
     if precision is None and torch.backends.cuda.matmul.fp32_precision == "tf32":

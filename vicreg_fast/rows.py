@@ -24,9 +24,10 @@ def uses_dual(N: int, D: int) -> bool:
     """Whether the covariance is computed on the N x N side rather than on D x D.
 
     The dual side subtracts sum(v^2) from sum(G^2) and amplifies rounding by D / (D - N + 1), which is 5 at
-    N = 0.8 D and 513 at 1024 x 1025; beyond 0.8 D the primal side costs at most a quarter more.
+    N = 0.8 D and 513 at 1024 x 1025; beyond 0.8 D the primal side costs at most a quarter more.  Few features
+    are primal too: their D x D product takes no time, and nothing needs subtracting.
     """
-    return 5 * N <= 4 * D
+    return 5 * N <= 4 * D and D > 64
 
 
 class Block(NamedTuple):

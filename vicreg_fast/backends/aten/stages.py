@@ -12,7 +12,7 @@ from . import terms as groups
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[terms (G, 3), then the five statistics of every group]."""
+    """[inv, var, cov of every group, then the five statistics of every group]."""
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
     values: list[Tensor] = []
     saved: list[Tensor] = []
@@ -26,9 +26,9 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
                 product=product,
                 covariance=plan.covariance,
             )
-            values.append(value)
+            values.extend(value)
             saved.extend(statistics)
-    return [torch.stack(values), *saved]
+    return [*values, *saved]
 
 
 def gradient(
@@ -61,7 +61,7 @@ def gradient(
                 [rows for _, rows in group],
                 plan.pair_list,
                 groups.Statistics(*saved[fields * number : fields * (number + 1)]),
-                [None if up is None else up.to(dtype) for up in upstream[3 * number : 3 * number + 3]],
+                upstream[3 * number : 3 * number + 3],
                 [None if (total := totals[source]) is None else problems(total) for source, _ in group],
                 gamma=plan.gamma,
                 eps=plan.eps,

@@ -61,7 +61,8 @@ def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return parts[0].to(dtype) if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
+    """Sum of the parts, in ``dtype`` where there is something to add."""
+    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
 
 
 class _Moments(NamedTuple):
@@ -145,8 +146,8 @@ def terms(
     eps: float,
     product: str,
     covariance: bool,
-) -> tuple[Tensor, Statistics]:
-    """(inv, var, cov) as one tensor (3,), unweighted, and what the gradient needs.
+) -> tuple[list[Tensor], Statistics]:
+    """[inv, var, cov], unweighted scalars, and what the gradient needs.
 
     Reads each view once; works in one block of every view, its squares, and M.
     """
@@ -184,7 +185,7 @@ def terms(
         operand_squares.clear()
         reduced = [reduce(block, m) for block in parts]
         moments = [each for each, _ in reduced]
-        if dual:
+        if dual or len(parts) == 1:
             hi, lo, square = (_join([each[k] for each in moments], dim=3) for k in range(3))
             v = square / (N - 1)
             vhat = _join(operand_squares, dim=3) / (N - 1) if rounds else v
@@ -209,7 +210,7 @@ def terms(
 
     hi, lo, v = (_join([group[k] for group in groups], dim=0) for k in range(3))
     vhat = _join([group[3] for group in groups], dim=0) if rounds else v
-    var = (gamma - (v + eps if eps else v).sqrt()).relu_().mean().to(wide)
+    var = (gamma - (v + eps if eps else v).sqrt()).relu_().mean()
     cov = torch.zeros_like(var)
     if covariance:
         norm = _sum_of_squares(M, wide)
@@ -217,7 +218,7 @@ def terms(
             norm = (norm - _sum_of_squares(vhat, wide)).clamp_min_(0)
         cov = norm / (P * V * D)
     inv = _sum(differences, wide) / (len(pairs) * P * N * D) if pairs else torch.zeros_like(var)
-    return torch.stack((inv, var, cov)).to(dtype), Statistics(hi, lo, v, vhat, M)
+    return [inv.to(dtype), var, cov.to(dtype)], Statistics(hi, lo, v, vhat, M)
 
 
 def _copy_negative(into: Tensor, d: Tensor) -> Tensor:
