@@ -14,8 +14,6 @@ from ...rows import WHOLE, Block, uses_dual
 BLOCK_ELEMENTS = 1 << 19
 # A block's inner dimension is at least this long, or the product is bound by rereading its M x M result.
 MIN_INNER = 256
-# A symmetric M is computed in strips of this many rows, on and below the diagonal.
-STRIP = 256
 
 
 def blocks(V: int, P: int, N: int, D: int) -> Iterator[tuple[slice, list[Block]]]:

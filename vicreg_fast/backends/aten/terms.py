@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ... import precision
 from ...rows import WHOLE, Block, Rows, uses_dual
-from .blocks import STRIP, blocks
+from .blocks import blocks
 
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
 _NORM_CHUNK = 1 << 17
@@ -69,39 +69,48 @@ class _Moments(NamedTuple):
     mean: Tensor  # (p, V, 1, d) rounded
     rest: Tensor  # (p, V, 1, d) what the rounding left
     square: Tensor  # (p, V, 1, d) sum of squared deviations of each feature
-    energy: Tensor  # (p, V, n) sum of squared deviations of each sample
+    energy: Tensor | None  # (p, V, n) sum of squared deviations of each sample; dual only
 
 
-def _center(z: Tensor) -> _Moments:
+def _center(z: Tensor, dual: bool) -> _Moments:
     """Centre (p, V, n, d) in place, twice."""
     mean = z.mean(dim=2, keepdim=True)
     z -= mean
     rest = z.mean(dim=2, keepdim=True)
     z -= rest
     squares = z * z
-    return _Moments(mean, rest, squares.sum(dim=2, keepdim=True), squares.sum(dim=3))
+    energy = squares.sum(dim=3) if dual else None
+    return _Moments(mean, rest, squares.sum(dim=2, keepdim=True), energy)
+
+
+def _strip(side: int) -> int:
+    """Rows of M that are computed at once: a quarter of a large M, all of a small one.
+
+    Four strips on and below the diagonal are 5/8 of the work; a product of fewer than 128 rows loses that again.
+    """
+    return side if side < 256 else max(128, -(-side // 4))
 
 
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
     """Add scale * o o' (dual) or scale * o'o to M (B, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
-    side = M.shape[-1]
-    if side < 2 * STRIP:
+    strip = _strip(M.shape[-1])
+    if strip == M.shape[-1]:
         M.baddbmm_(left, left.mT, alpha=scale)
         return
     for m, a in zip(M.unbind(0), left.unbind(0), strict=True):
-        for top in range(0, side, STRIP):
-            bottom = min(top + STRIP, side)
+        for top in range(0, M.shape[-1], strip):
+            bottom = min(top + strip, M.shape[-1])
             m[top:bottom, :bottom].addmm_(a[top:bottom], a[:bottom].t(), alpha=scale)
 
 
 def _mirror(M: Tensor) -> None:
     """Fill what :func:`_add_gram` leaves out: the strips above the diagonal of a large M."""
     side = M.shape[-1]
-    if side >= 2 * STRIP:
-        for top in range(STRIP, side, STRIP):
-            bottom = min(top + STRIP, side)
-            M[..., :top, top:bottom] = M[..., top:bottom, :top].mT
+    strip = _strip(side)
+    for top in range(strip, side, strip):
+        bottom = min(top + strip, side)
+        M[..., :top, top:bottom] = M[..., top:bottom, :top].mT
 
 
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,7 +178,7 @@ def terms(
         for i, j in pairs:
             d = z[:, i] - z[:, j]
             differences.append(d.mul_(d).sum())
-        moments = _center(z)
+        moments = _center(z, dual)
         if m is not None:
             o = precision.round_operand(z, product)
             if rounds:
@@ -204,7 +213,11 @@ def terms(
             _mirror(m)
             diagonal = m.diagonal(dim1=-2, dim2=-1)
             if dual:
-                diagonal.copy_((_sum([each.energy for each in moments], wide) / (N - 1)).flatten(0, 1))
+                diagonal.copy_(
+                    (
+                        _sum([each.energy for each in moments if each.energy is not None], wide) / (N - 1)
+                    ).flatten(0, 1)
+                )
             else:
                 diagonal.zero_()
 
