@@ -213,11 +213,8 @@ def terms(
             _mirror(m)
             diagonal = m.diagonal(dim1=-2, dim2=-1)
             if dual:
-                diagonal.copy_(
-                    (
-                        _sum([each.energy for each in moments if each.energy is not None], wide) / (N - 1)
-                    ).flatten(0, 1)
-                )
+                energies = [each.energy for each in moments if each.energy is not None]
+                diagonal.copy_((_sum(energies, wide) / (N - 1)).flatten(0, 1))
             else:
                 diagonal.zero_()
 
