@@ -195,8 +195,9 @@ def terms(
         reduced = [reduce(block, m) for block in parts]
         moments = [each for each, _ in reduced]
         if dual or len(parts) == 1:
-            hi, lo, square = (_join([each[k] for each in moments], dim=3) for k in range(3))
-            v = square / (N - 1)
+            hi = _join([each.mean for each in moments], dim=3)
+            lo = _join([each.rest for each in moments], dim=3)
+            v = _join([each.square for each in moments], dim=3) / (N - 1)
             vhat = _join(operand_squares, dim=3) / (N - 1) if rounds else v
         else:
             center, square = _join_chunks(
