@@ -45,10 +45,14 @@ def run_python(tmp_path):
 
 @pytest.fixture(scope="module")
 def distribution() -> importlib.metadata.Distribution:
-    try:
-        return importlib.metadata.distribution(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs the installed distribution: pip install -e .")
+    # An editable install leaves an egg-info folder in the checkout, which lists sources and not what is installed.
+    installed = [
+        found
+        for found in importlib.metadata.distributions(name=DISTRIBUTION)
+        if any(file.parts[0].endswith(".dist-info") for file in found.files or ())
+    ]
+    assert installed, "the tests need the installed distribution: pip install -e ."
+    return installed[0]
 
 
 # -- imports ----------------------------------------------------------------------------------------------------
