@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from ...rows import WHOLE, Block, uses_dual
 
 # Elements of one block over all its views: 2 MiB of float32, the second-level cache of one current core.  On two
-# cores, 2^17 took 1.2 to 1.3 times as long at 256x8192 and in the local loss (32 images of 49 patches), 2^20 0.9 to
-# 1.1 times as long over seven shapes.
+# cores, 2^17 took 1.2 to 1.3 times as long at 256x8192 and in the local loss (32 images of 49 patches), 2^20 0.85
+# to 1.07 times as long over seven shapes.
 BLOCK_ELEMENTS = 1 << 19
 # A block's inner dimension is at least this long, or the product is bound by rereading its M x M result.
 MIN_INNER = 256
