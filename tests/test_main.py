@@ -11,7 +11,7 @@ import torch
 
 import vicreg_fast
 from vicreg_fast import __main__ as command
-from vicreg_fast.backends.aten import terms
+from vicreg_fast.backends.aten import gradient, terms
 
 Capture = pytest.CaptureFixture[str]
 CASES = [command.Case((8, 16)), command.Case((5, 33, 1)), command.Case((6, 12, 9, 16), 5)]
@@ -54,12 +54,13 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
 
 @pytest.mark.usefixtures("few_cases")
 def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    right: Callable[..., None] = terms.gradient
+    right: Callable[..., None] = gradient.gradient
 
-    def wrong(views: Any, pairs: Any, statistics: Any, *args: Any, **kwargs: Any) -> None:
-        right(views, pairs, statistics._replace(hi=statistics.hi + 1e-3), *args, **kwargs)
+    def wrong(views: Any, plan: Any, product: Any, statistics: Any, *args: Any, **kwargs: Any) -> None:
+        shifted = statistics._replace(moments=statistics.moments + 1e-3)
+        right(views, plan, product, shifted, *args, **kwargs)
 
-    monkeypatch.setattr(terms, "gradient", wrong)
+    monkeypatch.setattr(gradient, "gradient", wrong)
     assert command.main(["--quick", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     for case in CASES:

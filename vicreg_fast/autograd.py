@@ -1,4 +1,4 @@
-"""The one autograd.Function of the losses: composes the stages, says what is saved, weighs the terms."""
+"""The one autograd.Function of the losses: composes the stages, says what is saved."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import operators, second_order
 from .multiview import Plan
+from .reference import VICRegTerms
 
 Weight = float | Tensor
 
@@ -28,80 +29,61 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 class _WeightedTerms(torch.autograd.Function):
-    """forward(plan, number of sources, 3 weights, *sources, *indices) -> 4 scalars a group."""
+    """forward(plan, *sources, *indices) -> 4 scalars a group."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, sources, indices = tensors[:3], tensors[3 : 3 + count], tensors[3 + count :]
-        outputs = operators.terms(plan, sources, indices)
-        count_terms = 3 * len(plan.group_sizes)
-        terms, saved = outputs[:count_terms], outputs[count_terms:]
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = plan.source_count
+        outputs = operators.terms(plan, tensors[:count], tensors[count:])
+        split = 4 * len(plan.group_sizes)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.count, ctx.index_count = plan, count, len(indices)
-        ctx.weights = tuple(None if isinstance(w, Tensor) else w for w in weights)
-        held = (w for w in weights if isinstance(w, Tensor))
-        ctx.save_for_backward(*held, *sources, *indices, *saved, *terms)
-        weighted: list[Tensor] = []
-        for at in range(0, count_terms, 3):
-            inv, var, cov = (
-                (w * t).to(t.dtype) if isinstance(w, Tensor) else t * w
-                for w, t in zip(weights, terms[at : at + 3], strict=True)
-            )
-            weighted += [inv, var, cov, inv + var + cov]
-        return tuple(weighted)
+        ctx.plan, ctx.given = plan, len(tensors)
+        ctx.save_for_backward(*tensors, *outputs[split:])
+        return tuple(outputs[:split])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        plan, count = ctx.plan, ctx.count
-        rest = list(ctx.saved_tensors)
-        weights = [rest.pop(0) if w is None else w for w in ctx.weights]
-        split = count + ctx.index_count
-        count_terms = 3 * len(plan.group_sizes)
-        sources, indices, saved = rest[:count], rest[count:split], rest[split:-count_terms]
-        needs_weights, needs = ctx.needs_input_grad[2:5], ctx.needs_input_grad[5 : 5 + count]
-
-        # Per group: what multiplies each unweighted term once its weight is applied; None: nothing.
+        plan, count = ctx.plan, ctx.plan.source_count
+        tensors, saved = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+        sources, indices = tensors[:count], tensors[count:]
+        needs = ctx.needs_input_grad[1 : 1 + count]
+        # What multiplies each weighted term of each group; None: nothing.
         reached = [
-            [_add(upstream[at + k], upstream[at + 3]) for k in range(3)] for at in range(0, len(upstream), 4)
+            _add(upstream[at + k], upstream[at + 3]) for at in range(0, len(upstream), 4) for k in range(3)
         ]
-        scaled = [
-            [None if up is None else up * w for up, w in zip(group, weights, strict=True)] for group in reached
-        ]
-        differentiable = torch.is_grad_enabled()
-
-        weight_grads: list[Tensor | None] = [None] * 3
-        if any(needs_weights):
-            terms = unweighted_terms(plan, sources, indices) if differentiable else rest[-count_terms:]
-            for k, (w, need) in enumerate(zip(weights, needs_weights, strict=True)):
-                if not need:
-                    continue
-                total = None
-                for number, group in enumerate(reached):
-                    up = group[k]
-                    total = _add(total, None if up is None else up * terms[3 * number + k])
-                weight_grads[k] = None if total is None else total.to(w.device, w.dtype).reshape(w.shape)
-
         grads: list[Tensor | None] = [None] * count
-        if any(needs) and any(up is not None for group in scaled for up in group):
-            if differentiable:
-                found = second_order.gradient(plan, sources, indices, scaled, needs)
+        if any(needs) and any(up is not None for up in reached):
+            if torch.is_grad_enabled():
+                found = second_order.gradient(plan, sources, indices, reached, needs)
             else:
-                flat = [up for group in scaled for up in group]
-                found = operators.gradient(plan, sources, indices, saved, flat, needs)
+                found = operators.gradient(plan, sources, indices, saved, reached, needs)
             remaining = iter(found)
             grads = [next(remaining) if need else None for need in needs]
-        return None, None, *weight_grads, *grads, *([None] * len(indices))
+        return None, *grads, *([None] * len(indices))
+
+
+def weigh(terms: VICRegTerms | WeightedTerms, weights: Sequence[Weight]) -> WeightedTerms:
+    """Unweighted terms times weights and their sum, in the terms' type."""
+    inv, var, cov = ((w * t).to(t.dtype) for w, t in zip(weights, terms[:3], strict=True))
+    return WeightedTerms(inv, var, cov, inv + var + cov)
 
 
 def weighted_terms(
     plan: Plan, weights: Sequence[Weight], sources: Sequence[Tensor], indices: Sequence[Tensor] = ()
 ) -> list[WeightedTerms]:
-    """Per group of the plan, the weighted terms and their sum."""
-    flat = _WeightedTerms.apply(plan, len(sources), *weights, *sources, *indices)  # type: ignore[no-untyped-call]
-    return [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
+    """Per group of the plan, the weighted terms and their sum.
 
-
-def unweighted_terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """inv, var, cov of every group, differentiable."""
-    groups = weighted_terms(plan, (1.0, 1.0, 1.0), sources, indices)
-    return [term for group in groups for term in group[:3]]
+    Numbers are multiplied inside the stages, for nothing.  Tensors are multiplied outside, where autograd sees
+    them; so are numbers in traced code, where a schedule's new number would otherwise mean compiling anew.
+    """
+    outside = torch.compiler.is_compiling() or any(isinstance(w, Tensor) for w in weights)
+    if not outside:
+        plan = plan._replace(weights=tuple(map(float, weights)))
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        flat = _WeightedTerms.apply(plan, *sources, *indices)  # type: ignore[no-untyped-call]
+    else:
+        # Nothing to save.  (Dynamo 2.13, too, inlines a Function without gradients and then counts its arguments to
+        # tell whether forward takes a context, which *tensors defeats.)
+        flat = operators.terms(plan, sources, indices)[: 4 * len(plan.group_sizes)]
+    groups = [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
+    return [weigh(group, weights) for group in groups] if outside else groups

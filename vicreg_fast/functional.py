@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import backends, checks, operators, reference
 from . import precision as policy
-from .autograd import Weight, WeightedTerms, weighted_terms
+from .autograd import Weight, WeightedTerms, weigh, weighted_terms
 from .backends.aten import matching
 from .multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS
 from .reference import VICRegTerms
@@ -160,12 +160,6 @@ def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in the one type in which their loss is computed."""
     dtype = policy.accumulation_dtype([a.dtype, b.dtype])
     return a.to(dtype), b.to(dtype)
-
-
-def weigh(terms: VICRegTerms, weights: Sequence[Weight]) -> WeightedTerms:
-    """Terms times weights and their sum, in the terms' type."""
-    inv, var, cov = ((w * t).to(t.dtype) for w, t in zip(weights, terms, strict=True))
-    return WeightedTerms(inv, var, cov, inv + var + cov)
 
 
 def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:

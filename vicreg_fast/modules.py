@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, distributed, functional
-from .autograd import Weight, WeightedTerms
+from .autograd import Weight, WeightedTerms, weigh
 from .functional import Options
 from .reference import VICRegTerms
 
@@ -95,7 +95,7 @@ class _Loss(nn.Module):
         inv = invariance(x, y)
         var = (variance(x, self.gamma) + variance(y, self.gamma)) / 2
         cov = (covariance(x) + covariance(y)) / 2
-        return _named(functional.weigh(VICRegTerms(inv, var, cov), self._weights()))
+        return _named(weigh(VICRegTerms(inv, var, cov), self._weights()))
 
     @staticmethod
     def variance_loss(x: Tensor, gamma: float) -> Tensor:

@@ -33,6 +33,12 @@ class Plan(NamedTuple):
     precision: str | None = None
     covariance: bool = True  # False: the covariance term is left out and is zero
     backend: str = "aten"
+    weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, in every group
+
+    @property
+    def source_count(self) -> int:
+        """How many sources the views are taken from."""
+        return max(self.view_source) + 1
 
     @property
     def pair_list(self) -> list[tuple[int, int]]:

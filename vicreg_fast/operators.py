@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import backends, precision
 from .multiview import Plan
-from .rows import uses_dual
+from .rows import keeps_operand_variance, uses_dual
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[inv, var, cov of every group, then the statistics of every group]."""
+    """[weighted inv, var, cov and their sum of every group, then moments and M of every group]."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
@@ -50,7 +50,7 @@ def match(
 
 _PLAN = (
     "int[] view_source, int[] group_sizes, int[] pairs, bool across, float gamma, float eps, "
-    "str? precision, bool covariance, str backend"
+    "str? precision, bool covariance, str backend, float[] weights"
 )
 torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
 torch.library.define(
@@ -67,14 +67,7 @@ torch.library.define(
 @torch.library.impl("vicreg_fast::terms", "default")
 def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
     plan = Plan(*constants)
-    outputs = backends.stages(plan.backend).terms(plan, sources, indices)
-    # An operator's outputs may not share storage; statistics may (vhat is v where nothing is rounded).
-    seen: set[int] = set()
-    for number, output in enumerate(outputs):
-        if output.numel() and output.data_ptr() in seen:
-            outputs[number] = output.clone()
-        seen.add(output.data_ptr())
-    return outputs  # type: ignore[no-any-return]
+    return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
@@ -82,12 +75,13 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     plan = Plan(*constants)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
-    outputs = [new((), dtype=dtype) for _ in range(3 * len(plan.group_sizes))]
+    outputs = [new((), dtype=dtype) for _ in range(4 * len(plan.group_sizes))]
     for group in plan.groups(sources, indices):
         V = len(group)
         P, N, D = group[0][1].shape
         side = N if uses_dual(N, D) else D
-        outputs.extend(new((P, V, 1, D), dtype=dtype) for _ in range(4))
+        kept = 4 if keeps_operand_variance(N, D, plan.covariance, sources[0].device) else 3
+        outputs.append(new((kept, P, V, 1, D), dtype=dtype))
         outputs.append(new((P, V, side, side) if plan.covariance else (0,), dtype=dtype))
     return outputs
 

@@ -36,18 +36,19 @@ def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
     indices: Sequence[Tensor],
-    upstream: Sequence[Sequence[Tensor | None]],
+    upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the sources that ``needs`` marks, differentiable in the sources and in ``upstream`` (G x 3)."""
+    """Gradients of the sources that ``needs`` marks, differentiable in the sources and in ``upstream`` (3 a group)."""
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     totals: list[Tensor | None] = [
         torch.zeros(s.shape, dtype=dtype, device=s.device) if need else None
         for s, need in zip(sources, needs, strict=True)
     ]
     with precision.exact_products("ieee", sources[0].device):
-        for group, ups in zip(plan.groups(sources, indices), upstream, strict=True):
-            inv, var, cov = (0.0 if up is None else up for up in ups)
+        for number, group in enumerate(plan.groups(sources, indices)):
+            ups = upstream[3 * number : 3 * number + 3]
+            inv, var, cov = (0.0 if up is None else up * w for up, w in zip(ups, plan.weights, strict=True))
             z = [rows.read(WHOLE).to(dtype) for _, rows in group]
             V = len(z)
             P, _, D = z[0].shape
@@ -59,5 +60,5 @@ def gradient(
             for (source, rows), values in zip(group, g, strict=True):
                 total = totals[source]
                 if total is not None:
-                    rows.store(problems(total), WHOLE, values)
+                    rows.add(problems(total), WHOLE, values)
     return [total.to(s.dtype) for total, s in zip(totals, sources, strict=True) if total is not None]

@@ -7,25 +7,19 @@ from torch import Tensor
 
 from ... import precision
 from ...multiview import Plan, problems
+from . import gradient as _gradient
 from . import matching
-from . import terms as groups
+from . import terms as _terms
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[inv, var, cov of every group, then the five statistics of every group]."""
+    """[weighted inv, var, cov and their sum of every group, then moments and M of every group]."""
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with precision.exact_products(product, sources[0].device):
         for group in plan.groups(sources, indices):
-            value, statistics = groups.terms(
-                [rows for _, rows in group],
-                plan.pair_list,
-                gamma=plan.gamma,
-                eps=plan.eps,
-                product=product,
-                covariance=plan.covariance,
-            )
+            value, statistics = _terms.terms([rows for _, rows in group], plan, product)
             values.extend(value)
             saved.extend(statistics)
     return [*values, *saved]
@@ -41,32 +35,30 @@ def gradient(
 ) -> list[Tensor]:
     """Gradients of the sources that ``needs`` marks, in their own types.
 
-    ``upstream``, three scalars a group, multiplies the terms; None where a term has no upstream gradient.
+    ``upstream``, three scalars a group, multiplies the weighted terms; None where a term has no upstream gradient.
     """
     device = sources[0].device
-    product = precision.resolve_product(plan.precision, device, [s.dtype for s in sources])
-    dtype = precision.accumulation_dtype([s.dtype for s in sources])
-    # Where each source is one plain view, every element is written once, straight into its gradient.
-    once = not indices and len(plan.view_source) == len(sources)
+    dtypes = [source.dtype for source in sources]
+    product = precision.resolve_product(plan.precision, device, dtypes)
+    # Where each source is one plain view, every element is written once; else contributions add up.
+    add = bool(indices) or len(plan.view_source) > plan.source_count
     totals: list[Tensor | None] = [None] * len(sources)
     for number, (source, need) in enumerate(zip(sources, needs, strict=True)):
-        if need and once:
-            totals[number] = torch.empty(source.shape, dtype=source.dtype, device=device)
-        elif need:
+        if need and add:
+            dtype = precision.accumulation_dtype(dtypes)
             totals[number] = torch.zeros(source.shape, dtype=dtype, device=device)
-    fields = len(groups.Statistics._fields)
+        elif need:
+            totals[number] = torch.empty(source.shape, dtype=source.dtype, device=device)
     with precision.exact_products(product, device):
         for number, group in enumerate(plan.groups(sources, indices)):
-            groups.gradient(
+            _gradient.gradient(
                 [rows for _, rows in group],
-                plan.pair_list,
-                groups.Statistics(*saved[fields * number : fields * (number + 1)]),
+                plan,
+                product,
+                _terms.Statistics(*saved[2 * number : 2 * number + 2]),
                 upstream[3 * number : 3 * number + 3],
                 [None if (total := totals[source]) is None else problems(total) for source, _ in group],
-                gamma=plan.gamma,
-                eps=plan.eps,
-                product=product,
-                add=not once,
+                add=add,
             )
     return [total.to(source.dtype) for total, source in zip(totals, sources, strict=True) if total is not None]
 

@@ -1,15 +1,11 @@
-"""Values and gradients of the three terms over V views that share (P, N, D).
+"""Values of the three terms over V views that share (P, N, D).
 
     M        = o'o / (N-1)   primal, (D, D), its diagonal set to zero
              = o o' / (N-1)  dual,   (N, N)
     cov      = (sum(M^2) - [dual] sum_d vhat_d^2) / D
-    dcov/dc  = 4 / (D (N-1)) * (o M             primal
-                                M o - o*vhat)   dual
-    dvar/dc  = -[sqrt(v+eps) < gamma] * c / (D (N-1) sqrt(v+eps))
-    dinv/dx  = 2 (x - y) / (N D) = -dinv/dy
 
 c is the centred view, o the operand that the product really uses (c itself unless a faster product rounds it),
-vhat = sum_n o^2 / (N-1).  Each term is the mean over problems, then over pairs or views.
+vhat = sum_n o^2 / (N-1).  Each term is the mean over problems, then over pairs or views, times its weight.
 
 The dual subtracts two sums that are nearly equal when features are decorrelated, and then its M is nearly diagonal.
 A product adds in sequence and loses many weak features after a few strong ones, so the diagonal is summed apart,
@@ -27,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...rows import WHOLE, Block, Rows, uses_dual
+from ...multiview import Plan
+from ...rows import Block, Rows, keeps_operand_variance, uses_dual
 from .blocks import blocks
 
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
@@ -35,13 +32,12 @@ _NORM_CHUNK = 1 << 17
 
 
 class Statistics(NamedTuple):
-    """What a group's forward pass leaves for its backward pass; problems first, so that a block is a slice."""
+    """What a group's forward pass leaves for its backward pass."""
 
-    hi: Tensor  # (P, V, 1, D) column means, rounded
-    lo: Tensor  # (P, V, 1, D) means of what hi leaves
-    v: Tensor  # (P, V, 1, D) variances
-    vhat: Tensor  # (P, V, 1, D) variances of the product's operand: v itself unless a faster product rounds it
-    M: Tensor  # (P, V, M, M); (0,) where no covariance was asked for
+    moments: (
+        Tensor  # (3, V, P, 1, D): hi, lo and the variance v; a fourth row, vhat, where operands are rounded
+    )
+    M: Tensor  # (V, P, M, M); (0,) where no covariance was asked for
 
 
 def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
@@ -56,31 +52,9 @@ def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
     return z
 
 
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
-
-
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Sum of the parts, in ``dtype`` where there is something to add."""
     return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
-
-
-class _Moments(NamedTuple):
-    mean: Tensor  # (p, V, 1, d) rounded
-    rest: Tensor  # (p, V, 1, d) what the rounding left
-    square: Tensor  # (p, V, 1, d) sum of squared deviations of each feature
-    energy: Tensor | None  # (p, V, n) sum of squared deviations of each sample; dual only
-
-
-def _center(z: Tensor, dual: bool) -> _Moments:
-    """Centre (p, V, n, d) in place, twice."""
-    mean = z.mean(dim=2, keepdim=True)
-    z -= mean
-    rest = z.mean(dim=2, keepdim=True)
-    z -= rest
-    squares = z * z
-    energy = squares.sum(dim=3) if dual else None
-    return _Moments(mean, rest, squares.sum(dim=2, keepdim=True), energy)
 
 
 def _strip(side: int) -> int:
@@ -93,7 +67,7 @@ def _strip(side: int) -> int:
 
 
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
-    """Add scale * o o' (dual) or scale * o'o to M (B, M, M); large ones on and below the diagonal only."""
+    """Add scale * o o' (dual) or scale * o'o to M (p, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
     strip = _strip(M.shape[-1])
     if strip == M.shape[-1]:
@@ -119,7 +93,7 @@ def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
         wide = part.to(dtype)
         return torch.dot(wide, wide)
 
-    flat = M.view(-1)
+    flat = M.reshape(-1)
     return (
         of(flat)
         if flat.numel() <= _NORM_CHUNK
@@ -127,39 +101,58 @@ def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _join_chunks(
-    counts: list[int], means: list[Tensor], squares: list[Tensor], m: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Chan's formula: mean and sum of squared deviations of joined chunks; m gets what lies between chunks.
+def _join_chunks(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | None) -> None:
+    """Chan's formula: store in ``into`` hi, lo and the sum of squared deviations of joined chunks.
 
-    means and squares are (p, V, 1, D) each, in the type of scalars; m is (p*V, D, D).
+    ``into`` and the chunks are (3, p, V, 1, D); m (p * V, D, D) gets what lies between chunks.
     """
-    if len(counts) == 1:
-        return means[0], squares[0]
-    n = torch.tensor(counts, dtype=means[0].dtype, device=means[0].device)[:, None, None, None, None]
+    wide = precision.scalar_dtype(into.device)
+    means = torch.stack([chunk[0].to(wide) + chunk[1] for chunk in chunks])  # (K, p, V, 1, D)
+    n = torch.tensor(counts, dtype=wide, device=into.device)[:, None, None, None, None]
     total = sum(counts)
     # Relative to the first chunk, so that equal means stay exactly equal.
-    offsets = torch.stack(means) - means[0]
+    offsets = means - means[0]
     offset = (offsets * n).sum(0) / total
-    between = (offsets - offset) * n.sqrt()  # (K, p, V, 1, D)
+    between = (offsets - offset) * n.sqrt()
+    center = means[0] + offset
+    hi, lo, square = into.unbind(0)
+    hi.copy_(center)
+    lo.copy_(center - hi)
+    square.copy_(torch.stack([chunk[2] for chunk in chunks]).to(wide).sum(0) + between.square().sum(0))
     if m is not None:
-        b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)
+        b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)  # (p * V, K, D)
         m.baddbmm_(b.mT, b, alpha=1 / (total - 1))
-    return means[0] + offset, torch.stack(squares).sum(0) + between.square().sum(0)
 
 
-def terms(
-    views: Sequence[Rows],
-    pairs: Sequence[tuple[int, int]],
-    *,
-    gamma: float,
-    eps: float,
-    product: str,
-    covariance: bool,
-) -> tuple[list[Tensor], Statistics]:
-    """[inv, var, cov], unweighted scalars, and what the gradient needs.
+def _reduce(
+    z: Tensor, moments: Tensor, m: Tensor | None, energy: Tensor | None, product: str, scale: float
+) -> None:
+    """Centre one block z (p, V, n, d) in place, twice, store its moments, add ``scale`` times its product to m.
 
-    Reads each view once; works in one block of every view, its squares, and M.
+    The moments (3, p, V, 1, d) are hi, lo, the sum of squared deviations and, in a fourth row, that of the operand.
+    ``energy`` (p, V, n), on the dual side only, gets the squares of each sample's operand.
+    """
+    hi, lo, square, *operand_square = moments.unbind(0)
+    z -= torch.mean(z, 2, keepdim=True, out=hi)
+    z -= torch.mean(z, 2, keepdim=True, out=lo)
+    squares = z * z
+    torch.sum(squares, 2, keepdim=True, out=square)
+    if m is None:
+        return
+    o = precision.round_operand(z, product)
+    if operand_square:
+        squares = o * o
+        torch.sum(squares, 2, keepdim=True, out=operand_square[0])
+    if energy is not None:
+        energy += squares.sum(3)
+    del squares
+    _add_gram(m, o.flatten(0, 1), energy is not None, scale)
+
+
+def terms(views: Sequence[Rows], plan: Plan, product: str) -> tuple[list[Tensor], Statistics]:
+    """Weighted invariance, variance and covariance of a group and their sum, and what the gradient needs.
+
+    Reads each view once; works in one block of one view, its squares, and M.
     """
     V = len(views)
     P, N, D = views[0].shape
@@ -168,166 +161,64 @@ def terms(
     wide = precision.scalar_dtype(device)
     dual = uses_dual(N, D)
     side = N if dual else D
-    rounds = dual and covariance and product != "ieee"
-    M = torch.zeros(P, V, side, side, dtype=dtype, device=device) if covariance else torch.empty(0, dtype=dtype)
+    kept = 4 if keeps_operand_variance(N, D, plan.covariance, device, product) else 3
+    moments = torch.empty(kept, P, V, 1, D, dtype=dtype, device=device)
+    M = energy = None
+    if plan.covariance:
+        M = torch.zeros(P, V, side, side, dtype=dtype, device=device)
+        if dual:
+            energy = torch.zeros(P, V, N, dtype=wide, device=device)
+    pairs = plan.pair_list
     differences: list[Tensor] = []
+    hinges: list[Tensor] = []
     operand_squares: list[Tensor] = []
 
-    def reduce(block: Block, m: Tensor | None) -> tuple[_Moments, int]:
-        """Moments of one block, whose product is added to m."""
+    def reduce(block: Block, group: slice, into: Tensor) -> None:
         z = _read(views, block, dtype)
         for i, j in pairs:
             d = z[:, i] - z[:, j]
-            differences.append(d.mul_(d).sum())
-        moments = _center(z, dual)
-        if m is not None:
-            o = precision.round_operand(z, product)
-            if rounds:
-                squares = o * o
-                operand_squares.append(squares.sum(dim=2, keepdim=True))
-                moments = moments._replace(energy=squares.sum(dim=3))
-            _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
-        return moments, z.shape[2]
+            differences.append(d.mul_(d).sum())  # mse_loss takes a third longer
+        m = None if M is None else M[group].flatten(0, 1)  # a view: both dimensions are contiguous
+        _reduce(z, into, m, None if energy is None else energy[group], product, 1 / (N - 1))
 
-    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # hi, lo, v, vhat
+    def finish(columns: Tensor) -> None:
+        """Make variances of sums of squares; what needs them is added up while they are in the cache."""
+        columns[2:].div_(N - 1)
+        v = columns[2]
+        std = (v + plan.eps if plan.eps else v).sqrt()
+        hinges.append((plan.gamma - std).relu_().sum())
+        if energy is not None:
+            operand_squares.append(_sum_of_squares(columns[-1], wide))
+
     for group, parts in blocks(V, P, N, D):
-        m = M[group].flatten(0, 1) if covariance else None  # a view: both dimensions are contiguous
-        operand_squares.clear()
-        reduced = [reduce(block, m) for block in parts]
-        moments = [each for each, _ in reduced]
         if dual or len(parts) == 1:
-            hi = _join([each.mean for each in moments], dim=3)
-            lo = _join([each.rest for each in moments], dim=3)
-            v = _join([each.square for each in moments], dim=3) / (N - 1)
-            vhat = _join(operand_squares, dim=3) / (N - 1) if rounds else v
+            for block in parts:
+                into = block.of_columns(moments)
+                reduce(block, group, into)
+                finish(into)
         else:
-            center, square = _join_chunks(
-                [count for _, count in reduced],
-                [each.mean.to(wide) + each.rest for each in moments],
-                [each.square.to(wide) for each in moments],
-                m,
-            )
-            hi = center.to(dtype)
-            lo = (center - hi).to(dtype)
-            v = vhat = (square / (N - 1)).to(dtype)
-        groups.append((hi, lo, v, vhat))
-        if m is not None:
-            _mirror(m)
-            diagonal = m.diagonal(dim1=-2, dim2=-1)
-            if dual:
-                energies = [each.energy for each in moments if each.energy is not None]
-                diagonal.copy_((_sum(energies, wide) / (N - 1)).flatten(0, 1))
-            else:
-                diagonal.zero_()
+            chunks = [moments.new_empty(kept, len(range(P)[group]), V, 1, D) for _ in parts]
+            for block, chunk in zip(parts, chunks, strict=True):
+                reduce(block, group, chunk)
+            counts = [len(range(N)[block.rows]) for block in parts]
+            _join_chunks(counts, chunks, moments[:, group], None if M is None else M[group].flatten(0, 1))
+            finish(moments[:, group])
 
-    hi, lo, v = (_join([group[k] for group in groups], dim=0) for k in range(3))
-    vhat = _join([group[3] for group in groups], dim=0) if rounds else v
-    var = (gamma - (v + eps if eps else v).sqrt()).relu_().mean()
-    cov = torch.zeros_like(var)
-    if covariance:
+    w_inv, w_var, w_cov = plan.weights
+    var = (_sum(hinges, wide) * (w_var / (V * P * D))).to(dtype)
+    if pairs:
+        inv = (_sum(differences, wide) * (w_inv / (len(pairs) * P * N * D))).to(dtype)
+    else:
+        inv = torch.zeros_like(var)
+    if M is None:
+        return [inv, var, torch.zeros_like(var), inv + var], Statistics(moments, var.new_empty(0))
+    _mirror(M)
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    if energy is None:
+        diagonal.zero_()
         norm = _sum_of_squares(M, wide)
-        if dual:
-            norm = (norm - _sum_of_squares(vhat, wide)).clamp_min_(0)
-        cov = norm / (P * V * D)
-    inv = _sum(differences, wide) / (len(pairs) * P * N * D) if pairs else torch.zeros_like(var)
-    return [inv.to(dtype), var, cov.to(dtype)], Statistics(hi, lo, v, vhat, M)
-
-
-def _copy_negative(into: Tensor, d: Tensor) -> Tensor:
-    return torch.neg(d, out=into)
-
-
-def gradient(
-    views: Sequence[Rows],
-    pairs: Sequence[tuple[int, int]],
-    statistics: Statistics,
-    upstream: Sequence[Tensor | None],
-    totals: Sequence[Tensor | None],
-    *,
-    gamma: float,
-    eps: float,
-    product: str,
-    add: bool,
-) -> None:
-    """Store the gradient of ``upstream`` times (inv, var, cov) in ``totals``, one a view, None: not needed.
-
-    With ``add``, totals may be shared between views and start from zero.  What an absent upstream gradient would
-    multiply is not computed: no product is formed in vain, and an infinite term that nobody asked for spoils
-    nothing.
-    """
-    V = len(views)
-    P, N, D = views[0].shape
-    inv_up, var_up, cov_up = upstream
-    active = [view for view in range(V) if totals[view] is not None]
-    every = len(active) == V
-    dtype = statistics.hi.dtype
-    dual = uses_dual(N, D)
-    rounds = product != "ieee"
-
-    def chosen(t: Tensor) -> Tensor:
-        return t if every else t[:, active]
-
-    # What c_nd is multiplied with besides M, for the variance and, on the dual side, for the operand.
-    column: Tensor | None = None
-    operand_column: Tensor | None = None
-    if var_up is not None:
-        std = (statistics.v + eps if eps else statistics.v).sqrt()
-        slope = var_up * (-1 / (P * V * D * (N - 1))) / std
-        column = torch.where((std < gamma) & (std > 0), slope, 0.0)
-    scale = None if cov_up is None else cov_up * (4 / (P * V * D * (N - 1)))
-    if scale is not None and dual:
-        operand_column = statistics.vhat * -scale
-    if not rounds:  # the operand is c itself: one factor
-        column = (
-            operand_column if column is None else column if operand_column is None else column + operand_column
-        )
-        operand_column = None
-
-    def of(t: Tensor, block: Block) -> Tensor:
-        return chosen(t if block is WHOLE else t[block.problems, :, :, block.features])
-
-    def differences(z: Tensor, up: Tensor) -> Tensor:
-        """The invariance's gradient for the active views of one block."""
-        g = torch.empty_like(z) if every else z.new_empty((z.shape[0], len(active), *z.shape[2:]))
-        into = dict(zip(active, g.unbind(1), strict=True))
-        fresh = set(active)
-        factor = up * (2 / (len(pairs) * P * N * D))
-        for i, j in pairs:
-            d = (z[:, i] - z[:, j]).mul_(factor)
-            for view, write, accumulate in ((i, Tensor.copy_, Tensor.add_), (j, _copy_negative, Tensor.sub_)):
-                if view in into:
-                    (write if view in fresh else accumulate)(into[view], d)
-                    fresh.discard(view)
-        for view in fresh:
-            into[view].zero_()
-        return g
-
-    def differentiate(block: Block, A: Tensor | None) -> None:
-        """Store the gradient of one block; A is what its operand is multiplied with."""
-        z = _read(views, block, dtype)
-        g = differences(z, inv_up) if inv_up is not None and pairs else torch.zeros_like(chosen(z))
-        c = chosen(z)
-        if var_up is not None or A is not None:
-            c = c.sub_(of(statistics.hi, block)).sub_(of(statistics.lo, block))
-            if column is not None and (dual or rounds or A is None):
-                g.addcmul_(c, of(column, block))
-        if A is not None:
-            o = precision.round_operand(c, product)
-            if operand_column is not None:
-                g.addcmul_(o, of(operand_column, block))
-            o = o.flatten(0, 1)
-            g.flatten(0, 1).baddbmm_(*((A, o) if dual else (o, A)))
-        for view, values in zip(active, g.unbind(1), strict=True):
-            total = totals[view]
-            assert total is not None
-            views[view].store(total, block, values, add)
-
-    for group, group_blocks in blocks(V, P, N, D):
-        A = None
-        if scale is not None:
-            A = (chosen(statistics.M[group]) * scale).flatten(0, 1)
-            if not dual and not rounds and column is not None:
-                # The primal's M has a zero diagonal: the variance's factor rides on it.
-                A.diagonal(dim1=-2, dim2=-1).copy_(chosen(column[group]).flatten(0, 2))
-        for block in group_blocks:
-            differentiate(block, A)
+    else:
+        diagonal.copy_(energy.div_(N - 1))
+        norm = (_sum_of_squares(M, wide) - _sum(operand_squares, wide)).clamp_min_(0)
+    cov = (norm * (w_cov / (V * P * D))).to(dtype)
+    return [inv, var, cov, inv + var + cov], Statistics(moments, M)

@@ -1,0 +1,152 @@
+"""Gradients of the three terms over V views that share (P, N, D), in the notation of terms.py.
+
+    dcov/dc  = 4 / (D (N-1)) * (o M             primal
+                                M o - o*vhat)   dual
+    dvar/dc  = -[sqrt(v+eps) < gamma] * c / (D (N-1) sqrt(v+eps))
+    dinv/dx  = 2 (x - y) / (N D) = -dinv/dy
+
+The columns of each sum to zero, so nothing passes through the centring.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import precision
+from ...multiview import Plan
+from ...rows import Block, Rows, uses_dual
+from .blocks import blocks
+from .terms import Statistics
+
+
+class _Sum:
+    """A sum of products; the first one overwrites what ``values`` held."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.empty = True
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add a * b, which broadcast to the shape of the sum."""
+        if self.empty:
+            torch.mul(a, b, out=self.values)
+        else:
+            self.values.addcmul_(a, b)
+        self.empty = False
+
+    def add_matmul(self, a: Tensor, b: Tensor) -> None:
+        """Add the matrix products a @ b, (p, n, k) and (p, k, d)."""
+        self.values.baddbmm_(a, b, beta=0 if self.empty else 1)
+        self.empty = False
+
+    def result(self) -> Tensor:
+        """The values: zeros where nothing was added."""
+        return self.values.zero_() if self.empty else self.values
+
+
+class _Columns(NamedTuple):
+    """A block's centres, (p, V, 1, d) each, and what c and o are multiplied with besides M (None: nothing)."""
+
+    hi: Tensor
+    lo: Tensor
+    factor: Tensor | None
+    operand_factor: Tensor | None
+
+
+def gradient(
+    views: Sequence[Rows],
+    plan: Plan,
+    product: str,
+    statistics: Statistics,
+    upstream: Sequence[Tensor | None],
+    totals: Sequence[Tensor | None],
+    *,
+    add: bool,
+) -> None:
+    """Store the gradient of ``upstream`` times the weighted terms in ``totals``, one a view, None: not needed.
+
+    With ``add``, totals may be shared between views and start from zero.  What an absent upstream gradient would
+    multiply is not computed: no product is formed in vain, and an infinite term that nobody asked for spoils
+    nothing.
+    """
+    V = len(views)
+    P, N, D = views[0].shape
+    dtype = statistics.moments.dtype
+    dual = uses_dual(N, D)
+    rounds = product != "ieee"
+    inv_up, var_up, cov_up = upstream
+    w_inv, w_var, w_cov = plan.weights
+    needed = {view: total for view, total in enumerate(totals) if total is not None}
+    in_place = {view: not add and total.dtype == dtype for view, total in needed.items()}
+
+    pairs = plan.pair_list if inv_up is not None else []
+    if inv_up is not None and pairs:
+        factor = inv_up * (2 * w_inv / (len(pairs) * P * N * D))
+        factors = factor, -factor
+    slope = None if var_up is None else var_up * (-w_var / (V * P * D * (N - 1)))
+    scale = None if cov_up is None or not plan.covariance else cov_up * (4 * w_cov / (V * P * D * (N - 1)))
+    # The primal's M has a zero diagonal: the variance's factor rides on it.
+    rides = scale is not None and not dual and not rounds
+
+    def columns(block: Block) -> _Columns:
+        hi, lo, v, *operand_v = block.of_columns(statistics.moments).unbind(0)
+        factor = operand_factor = None
+        if slope is not None:
+            std = (v + plan.eps if plan.eps else v).sqrt()
+            factor = torch.where((std < plan.gamma) & (std > 0), slope / std, 0.0)
+        if scale is not None and dual:
+            operand_factor = (operand_v[0] if operand_v else v) * -scale
+            if not rounds:  # o is c: one factor
+                factor = operand_factor if factor is None else operand_factor.add_(factor)
+                operand_factor = None
+        return _Columns(hi, lo, factor, operand_factor)
+
+    def products(group: slice, shared: _Columns) -> dict[int, Tensor]:
+        """What each needed view's operand is multiplied with, (p, M, M)."""
+        if scale is None:
+            return {}
+        every = len(needed) == V
+        A = (statistics.M[group] if every else statistics.M[group][:, list(needed)]) * scale
+        if rides and shared.factor is not None:
+            factor = shared.factor if every else shared.factor[:, list(needed)]
+            A.diagonal(dim1=-2, dim2=-1).copy_(factor.squeeze(2))
+        return dict(zip(needed, A.unbind(1), strict=True))
+
+    def differentiate(block: Block, shared: _Columns, A: dict[int, Tensor]) -> None:
+        z = {view: views[view].read(block).to(dtype) for view in (range(V) if pairs else needed)}
+        sums = {
+            view: _Sum(
+                views[view].of(total, block) if in_place[view] else total.new_empty(z[view].shape, dtype=dtype)
+            )
+            for view, total in needed.items()
+        }
+        for pair in pairs:
+            d = z[pair[0]] - z[pair[1]]
+            for view, signed in zip(pair, factors, strict=True):
+                if view in sums:
+                    sums[view].add(d, signed)
+        for view, summed in sums.items():
+            if shared.factor is not None or scale is not None:
+                c = z[view] - shared.hi[:, view]
+                c -= shared.lo[:, view]
+                if shared.factor is not None and not rides:
+                    summed.add(c, shared.factor[:, view])
+                if scale is not None:
+                    o = precision.round_operand(c, product)
+                    if shared.operand_factor is not None:
+                        summed.add(o, shared.operand_factor[:, view])
+                    summed.add_matmul(*((A[view], o) if dual else (o, A[view])))
+            values = summed.result()
+            if add:
+                views[view].add(needed[view], block, values)
+            elif not in_place[view]:
+                views[view].of(needed[view], block).copy_(values)
+
+    for group, parts in blocks(V, P, N, D):
+        shared = columns(parts[0])
+        A = products(group, shared)
+        for block in parts:
+            # On the dual side each block has columns of its own.
+            differentiate(block, columns(block) if dual and block is not parts[0] else shared, A)
