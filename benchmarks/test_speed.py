@@ -12,6 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .cases import CASES, Case
+from .conftest import SpeedRows
 
 
 def _rounds(seconds: float) -> int:
@@ -20,9 +21,7 @@ def _rounds(seconds: float) -> int:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_step(
-    case: Case, benchmark: BenchmarkFixture, speed_table: list[tuple[str, float, float, float]]
-) -> None:
+def test_step(case: Case, benchmark: BenchmarkFixture, speed_table: SpeedRows) -> None:
     inputs = case.inputs()
     eager, fast = case.step("reference", inputs), case.step("auto", inputs)
     eager()

@@ -14,6 +14,14 @@ from ...rows import WHOLE, Block, uses_dual
 BLOCK_ELEMENTS = 1 << 19
 # A block's inner dimension is at least this long, or the product is bound by rereading its M x M result.
 MIN_INNER = 256
+# With fewer samples the saved moments, three numbers a feature, are most of the memory that there is to work in (twice
+# the inputs), so a block is an eighth at most.
+FEW_SAMPLES = 8
+
+
+def _equal(count: int, most: int) -> int:
+    """The size of the fewest parts of ``count`` that are about equal and not above ``most``, or 1."""
+    return count if most >= count else -(-count // -(-count // max(1, most)))
 
 
 def blocks(V: int, P: int, N: int, D: int) -> Iterator[tuple[slice, list[Block]]]:
@@ -23,8 +31,11 @@ def blocks(V: int, P: int, N: int, D: int) -> Iterator[tuple[slice, list[Block]]
     on the dual side, rows on the primal.
     """
     inner, outer = (D, N) if uses_dual(N, D) else (N, D)
-    problems = max(1, min(P, BLOCK_ELEMENTS // (V * N * D)))
-    step = min(inner, max(MIN_INNER, BLOCK_ELEMENTS // (V * problems * outer)))
+    size = BLOCK_ELEMENTS
+    if P == 1 and N < FEW_SAMPLES:
+        size = min(size, V * N * D // 8)
+    problems = _equal(P, size // (V * N * D))
+    step = _equal(inner, max(MIN_INNER, size // (V * problems * outer)))
     if problems == P and step == inner:
         yield slice(None), [WHOLE]
         return

@@ -114,6 +114,24 @@ def gradient(
             A.diagonal(dim1=-2, dim2=-1).copy_(factor.squeeze(2))
         return dict(zip(needed, A.unbind(1), strict=True))
 
+    def add_differences(z: dict[int, Tensor], sums: dict[int, _Sum]) -> None:
+        for pair in pairs:
+            d = z[pair[0]] - z[pair[1]]
+            for view, signed in zip(pair, factors, strict=True):
+                if view in sums:
+                    sums[view].add(d, signed)
+
+    def add_statistics(z: Tensor, view: int, shared: _Columns, A: Tensor | None, summed: _Sum) -> None:
+        c = z - shared.hi[:, view]
+        c -= shared.lo[:, view]
+        if shared.factor is not None and not rides:
+            summed.add(c, shared.factor[:, view])
+        if A is not None:
+            o = precision.round_operand(c, product)
+            if shared.operand_factor is not None:
+                summed.add(o, shared.operand_factor[:, view])
+            summed.add_matmul(*((A, o) if dual else (o, A)))
+
     def differentiate(block: Block, shared: _Columns, A: dict[int, Tensor]) -> None:
         z = {view: views[view].read(block).to(dtype) for view in (range(V) if pairs else needed)}
         sums = {
@@ -122,29 +140,18 @@ def gradient(
             )
             for view, total in needed.items()
         }
-        for pair in pairs:
-            d = z[pair[0]] - z[pair[1]]
-            for view, signed in zip(pair, factors, strict=True):
-                if view in sums:
-                    sums[view].add(d, signed)
+        add_differences(z, sums)
         for view, summed in sums.items():
             if shared.factor is not None or scale is not None:
-                c = z[view] - shared.hi[:, view]
-                c -= shared.lo[:, view]
-                if shared.factor is not None and not rides:
-                    summed.add(c, shared.factor[:, view])
-                if scale is not None:
-                    o = precision.round_operand(c, product)
-                    if shared.operand_factor is not None:
-                        summed.add(o, shared.operand_factor[:, view])
-                    summed.add_matmul(*((A[view], o) if dual else (o, A[view])))
+                add_statistics(z.pop(view), view, shared, A.get(view), summed)
             values = summed.result()
             if add:
                 views[view].add(needed[view], block, values)
             elif not in_place[view]:
                 views[view].of(needed[view], block).copy_(values)
 
-    for group, parts in blocks(V, P, N, D):
+    # Views are centred one at a time, so blocks may be twice as large as the forward pass's: that is faster.
+    for group, parts in blocks(max(1, V // 2), P, N, D):
         shared = columns(parts[0])
         A = products(group, shared)
         for block in parts:

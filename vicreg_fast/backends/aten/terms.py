@@ -129,24 +129,22 @@ def _reduce(
 ) -> None:
     """Centre one block z (p, V, n, d) in place, twice, store its moments, add ``scale`` times its product to m.
 
-    The moments (3, p, V, 1, d) are hi, lo, the sum of squared deviations and, in a fourth row, that of the operand.
+    z ends as its squares, which then need no buffer of their own.  The moments (3, p, V, 1, d) are hi, lo, the sum of squared deviations and, in a fourth row, that of the operand.
     ``energy`` (p, V, n), on the dual side only, gets the squares of each sample's operand.
     """
     hi, lo, square, *operand_square = moments.unbind(0)
     z -= torch.mean(z, 2, keepdim=True, out=hi)
     z -= torch.mean(z, 2, keepdim=True, out=lo)
-    squares = z * z
-    torch.sum(squares, 2, keepdim=True, out=square)
-    if m is None:
-        return
-    o = precision.round_operand(z, product)
-    if operand_square:
-        squares = o * o
-        torch.sum(squares, 2, keepdim=True, out=operand_square[0])
+    if m is not None:
+        o = precision.round_operand(z, product)
+        _add_gram(m, o.flatten(0, 1), energy is not None, scale)
+    torch.sum(z.mul_(z), 2, keepdim=True, out=square)
+    if m is not None and operand_square:
+        if product != "ieee":  # else z holds them already
+            torch.mul(o, o, out=z)
+        torch.sum(z, 2, keepdim=True, out=operand_square[0])
     if energy is not None:
-        energy += squares.sum(3)
-    del squares
-    _add_gram(m, o.flatten(0, 1), energy is not None, scale)
+        energy += z.sum(3)
 
 
 def terms(views: Sequence[Rows], plan: Plan, product: str) -> tuple[list[Tensor], Statistics]:
