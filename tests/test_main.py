@@ -138,3 +138,15 @@ def test_help_of_the_module() -> None:
     )
     for word in ("python -m vicreg_fast", "--device", "--quick", "exit status"):
         assert word in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell's pipe")
+def test_reader_that_stops_early_is_no_error() -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -u -m vicreg_fast --quick --device cpu | head -n 1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.stdout.startswith("vicreg_fast ")
+    assert ran.stderr == ""

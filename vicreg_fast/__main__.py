@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import platform
 import re
 import statistics
@@ -208,9 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if not arguments.quick:
             _speed(torch.device(name))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush fails too
+        return 141
     return 0
 
 
