@@ -62,10 +62,12 @@ class Case:
         losses = self._losses(backend)
 
         def step() -> None:
-            for tensor in inputs[:2]:
-                tensor.grad = None
             with self._distances():
                 losses(*inputs)["loss"].backward()  # type: ignore[no-untyped-call]
+            # Here and not before the next step, which is the other side's: freeing what lies above eager code's
+            # matrices returns them to the system, 4 ms at 256x2048.
+            for tensor in inputs[:2]:
+                tensor.grad = None
 
         return step
 
