@@ -10,7 +10,11 @@ from .conftest import MemoryRows
 from .memory import peak_bytes, tensor_bytes
 
 # Besides the cases with a target of speed: so few samples that a statistic of every feature is of the inputs' size.
-FEW_SAMPLES = (Case("VICReg 2x4096", (2, 4096)), Case("VICReg 3x8192", (3, 8192)))
+FEW_SAMPLES = (
+    Case("VICReg 2x4096", (2, 4096)),
+    Case("VICReg 3x8192", (3, 8192)),
+    Case("VICRegL local B=256 P=9 C=512 m=4", (256, 9, 512, 4)),
+)
 
 
 def allowed_bytes(case: Case, input_bytes: int) -> int:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 from ...rows import WHOLE, Block, uses_dual
 
-# Elements of one block over all its views: 2 MiB of float32, the second-level cache of one current core.  On two
-# cores, 2^17 took 1.2 to 1.3 times as long at 256x8192 and in the local loss (32 images of 49 patches), 2^20 0.85
-# to 1.07 times as long over seven shapes.
-BLOCK_ELEMENTS = 1 << 19
+# Elements of one block over all its views: 4 MiB of float32.  On two cores 2^19 took 0.94 to 1.1 times as long over
+# ten shapes, 2^18 1.0 to 1.25 times, 2^21 0.95 to 1.1 times and twice the memory.
+BLOCK_ELEMENTS = 1 << 20
 # A block's inner dimension is at least this long, or the product is bound by rereading its M x M result.
 MIN_INNER = 256
 # With fewer samples the saved moments, three numbers a feature, are most of the memory that there is to work in (twice
-# the inputs), so a block is an eighth at most.
+# the inputs), so a block is an eighth of one problem or a quarter of many at most.  Many small ones stay together.
 FEW_SAMPLES = 8
+MIN_GROUP = 1 << 16
 
 
 def _equal(count: int, most: int) -> int:
@@ -32,8 +32,8 @@ def blocks(V: int, P: int, N: int, D: int) -> Iterator[tuple[slice, list[Block]]
     """
     inner, outer = (D, N) if uses_dual(N, D) else (N, D)
     size = BLOCK_ELEMENTS
-    if P == 1 and N < FEW_SAMPLES:
-        size = min(size, V * N * D // 8)
+    if N < FEW_SAMPLES:
+        size = min(size, V * N * D // 8 if P == 1 else max(V * P * N * D // 4, MIN_GROUP))
     problems = _equal(P, size // (V * N * D))
     step = _equal(inner, max(MIN_INNER, size // (V * problems * outer)))
     if problems == P and step == inner:
