@@ -87,8 +87,11 @@ def gradient(
         factors = factor, -factor
     slope = None if var_up is None else var_up * (-w_var / (V * P * D * (N - 1)))
     scale = None if cov_up is None or not plan.covariance else cov_up * (4 * w_cov / (V * P * D * (N - 1)))
+    # Either factor of the product may bear its scale.  A scaled copy of a small M costs nothing; one of a large M would
+    # be the largest tensor of the backward pass, and fresh memory costs more than a pass over a block in the cache.
+    scales_M = 4 * statistics.M[0, 0].numel() <= N * D if plan.covariance else False
     # The primal's M has a zero diagonal: the variance's factor rides on it.
-    rides = scale is not None and not dual and not rounds
+    rides = scale is not None and scales_M and not dual and not rounds
 
     def columns(block: Block) -> _Columns:
         hi, lo, v, *operand_v = block.of_columns(statistics.moments).unbind(0)
@@ -108,7 +111,9 @@ def gradient(
         if scale is None:
             return {}
         every = len(needed) == V
-        A = (statistics.M[group] if every else statistics.M[group][:, list(needed)]) * scale
+        A = statistics.M[group] if every else statistics.M[group][:, list(needed)]
+        if scales_M:
+            A = A * scale
         if rides and shared.factor is not None:
             factor = shared.factor if every else shared.factor[:, list(needed)]
             A.diagonal(dim1=-2, dim2=-1).copy_(factor.squeeze(2))
@@ -130,6 +135,8 @@ def gradient(
             o = precision.round_operand(c, product)
             if shared.operand_factor is not None:
                 summed.add(o, shared.operand_factor[:, view])
+            if not scales_M:
+                o *= scale
             summed.add_matmul(*((A, o) if dual else (o, A)))
 
     def differentiate(block: Block, shared: _Columns, A: dict[int, Tensor]) -> None:
