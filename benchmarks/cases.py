@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vicreg_fast import VICRegLLoss, VICRegLoss, reference
+from vicreg_fast import VICRegLLoss, VICRegLoss, functional, reference
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,10 @@ class Case:
     """Inputs of one loss: ``target`` is the least speed-up over eager that the project asks of it on a CPU, if any."""
 
     name: str
-    shape: tuple[int, ...]  # (N, D), or (B, P, C, m) of the local part
+    shape: tuple[int, ...]  # (N, D), (P, N, D) of many problems, or (B, P, C, m) of the local part
     target: float | None = None
+    dtype: torch.dtype = torch.float32
+    statistics: str = "image"  # of the local part
     # Published eager code takes torch.cdist's default for the distances: a matrix product, less exact than the
     # reference and up to nine times as fast.
     default_cdist: bool = False
@@ -26,7 +28,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         x = 0.7 * torch.randn(self.shape[:3] if self.local else self.shape, generator=generator)
         y = x + 0.1 * torch.randn(x.shape, generator=generator)
-        views = [x.requires_grad_(), y.requires_grad_()]
+        views = [z.to(self.dtype).requires_grad_() for z in (x, y)]
         if self.local:
             views += [torch.rand(*self.shape[:2], 2, generator=generator) for _ in range(2)]
         return views
@@ -38,8 +40,10 @@ class Case:
 
     def _losses(self, backend: str) -> Callable[..., dict[str, Tensor]]:
         if self.local:
-            local = VICRegLLoss(num_matches=self.shape[3], alpha=0.0, backend=backend)
+            local = VICRegLLoss(self.shape[3], alpha=0.0, statistics=self.statistics, backend=backend)
             return lambda x1, x2, l1, l2: local(x1, x2, None, None, l1, l2)
+        if len(self.shape) == 3:
+            return lambda x, y: {"loss": torch.stack(functional.vicreg_terms(x, y, backend=backend)).sum()}
         return VICRegLoss(backend=backend)
 
     def loss(self, backend: str, inputs: list[Tensor]) -> float:

@@ -56,9 +56,11 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
 def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     right: Callable[..., None] = gradient.gradient
 
-    def wrong(views: Any, plan: Any, product: Any, statistics: Any, *args: Any, **kwargs: Any) -> None:
+    def wrong(
+        views: Any, plan: Any, product: Any, spare: Any, statistics: Any, *args: Any, **kwargs: Any
+    ) -> None:
         shifted = statistics._replace(moments=statistics.moments + 1e-3)
-        right(views, plan, product, shifted, *args, **kwargs)
+        right(views, plan, product, spare, shifted, *args, **kwargs)
 
     monkeypatch.setattr(gradient, "gradient", wrong)
     assert command.main(["--quick", "--device", "cpu"]) == 1

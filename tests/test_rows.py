@@ -59,8 +59,8 @@ def test_blocks_read_their_part(layout: str, across: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_local_loss(layout: str, statistics: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small:
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 12)
-        assert any(len(parts) > 1 for _, parts in blocks.blocks(4, IMAGES, MATCHES, CHANNELS))
+        monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1 << 12)
+        assert any(len(parts) > 1 for _, parts in blocks.blocks(IMAGES, MATCHES, CHANNELS, 9, 0))
     maps = [torch.randn(IMAGES, PATCHES, CHANNELS, dtype=torch.float64) for _ in range(2)]
     places = [torch.rand(IMAGES, PATCHES, 2, dtype=torch.float64) for _ in range(2)]
     results = []

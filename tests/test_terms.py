@@ -53,7 +53,7 @@ def assert_as_good_as_eager(x64: Tensor, y64: Tensor, eps: float) -> None:
     floors = {
         "inv": 8 * U * float(truth[0]),
         "var": 8 * U,
-        "cov": 8 * U * float(truth[2]) + (4 * U * norm if uses_dual(N, D) else 8 * U**2 * N * D * diagonal),
+        "cov": 8 * U * float(truth[2]) + (4 * U * norm if uses_dual(1, N, D) else 8 * U**2 * N * D * diagonal),
     }
     for k, name in enumerate(TERMS):
         if truth[k] > torch.finfo(torch.float32).max:
@@ -102,8 +102,8 @@ def test_hard_data(data: Callable[[int, int], Tensor], N: int, D: int, eps: floa
 def test_hard_data_in_several_blocks(
     data: Callable[[int, int], Tensor], N: int, D: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 13)
-    parts = [part for _, group in blocks.blocks(2, 1, N, D) for part in group]
+    monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1 << 13)
+    parts = [part for _, group in blocks.blocks(1, N, D, 3, 0) for part in group]
     assert len(parts) > 1
     assert_as_good_as_eager(data(N, D), data(N, D), 0.0)
 
@@ -120,9 +120,9 @@ def test_constant_column_has_zero_gradient_from_the_variance(N: int, D: int) -> 
 
 @pytest.mark.parametrize("N", [3, 33, 1000, 5001])
 def test_constant_column_has_zero_variance_across_blocks(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1)
     z = (torch.rand(3) * 10 + 0.1).expand(N, 3).clone()
-    _, statistics = terms.terms([Rows(z[None])], ONE_VIEW, "ieee")
+    _, statistics = terms.terms([Rows(z[None])], ONE_VIEW, "ieee", 0)
     assert torch.count_nonzero(statistics.moments[2]) == 0
 
 
@@ -302,10 +302,10 @@ def test_same_bits_twice(N: int, D: int) -> None:
 )
 def test_blocks_cover_every_element_once(V: int, P: int, N: int, D: int) -> None:
     seen = torch.zeros(P, N, D, dtype=torch.int8)
-    for group, parts in blocks.blocks(V, P, N, D):
+    for group, parts in blocks.blocks(P, N, D, V, 0):
         for part in parts:
             assert part.problems == group
-            assert (part is WHOLE) == (len(list(blocks.blocks(V, P, N, D))) == len(parts) == 1)
+            assert (part is WHOLE) == (len(list(blocks.blocks(P, N, D, V, 0))) == len(parts) == 1)
             seen[part.problems, part.rows, part.features] += 1
     assert (seen == 1).all()
 
@@ -318,14 +318,14 @@ def test_rounded_operand_has_its_own_variances(
     # What the dual computes with a faster product is, but for float32's own rounding, the covariance of the rounded
     # operand.  On decorrelated features the exact variances in place of the operand's are 500 u ||C||^2 / D off.
     if several:
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 13)
+        monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1 << 13)
     N, D = 384, 512
     z = (torch.linalg.qr(torch.randn(D, N, dtype=torch.float64))[0].T * 20).float()
     views = [Rows(z[None])]
-    values, statistics = terms.terms(views, ONE_VIEW, product)
+    values, statistics = terms.terms(views, ONE_VIEW, product, 0)
     found = torch.empty(1, N, D)
     upstream = [None, None, torch.tensor(1.0)]
-    gradient.gradient(views, ONE_VIEW, product, statistics, upstream, [found], add=False)
+    gradient.gradient(views, ONE_VIEW, product, 0, statistics, upstream, [found], add=False)
 
     c = z.double() - z.double().mean(0)
     o = precision.round_operand(c.float(), product).double()

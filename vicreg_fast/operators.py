@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, precision
 from .multiview import Plan
-from .rows import keeps_operand_variance, uses_dual
+from .rows import keeps_moments, keeps_operand_variance, uses_dual
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
@@ -79,9 +79,9 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     for group in plan.groups(sources, indices):
         V = len(group)
         P, N, D = group[0][1].shape
-        side = N if uses_dual(N, D) else D
-        kept = 4 if keeps_operand_variance(N, D, plan.covariance, sources[0].device) else 3
-        outputs.append(new((kept, P, V, 1, D), dtype=dtype))
+        side = N if uses_dual(P, N, D) else D
+        rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
+        outputs.append(new((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,), dtype=dtype))
         outputs.append(new((P, V, side, side) if plan.covariance else (0,), dtype=dtype))
     return outputs
 

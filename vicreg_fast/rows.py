@@ -19,25 +19,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# With fewer samples, and more columns, the dual side keeps no moments for the backward pass: three numbers a column would
+# be most of the memory that there is to work in, twice the inputs, and centring so few again costs little.
+FEW_SAMPLES = 8
+_FEW_COLUMNS = 1 << 13
 
-def uses_dual(N: int, D: int) -> bool:
-    """Whether the covariance is computed on the N x N side rather than on D x D.
+
+def uses_dual(P: int, N: int, D: int) -> bool:
+    """Whether the covariance of P problems (N, D) is computed on the N x N side rather than on D x D.
 
     The dual side subtracts sum(v^2) from sum(G^2) and amplifies rounding by D / (D - N + 1), which is 5 at
     N = 0.8 D and 513 at 1024 x 1025; beyond 0.8 D the primal side costs at most a quarter more.  Few features
-    are primal too: their D x D product takes no time, and nothing needs subtracting.
+    of one problem are primal too: their D x D product takes no time, and nothing needs subtracting.
     """
-    return 5 * N <= 4 * D and D > 64
+    return 5 * N <= 4 * D and (D > 64 or P > 1)
 
 
-def keeps_operand_variance(
-    N: int, D: int, covariance: bool, device: torch.device, product: str = "ieee"
-) -> bool:
+def keeps_moments(P: int, N: int, D: int) -> bool:
+    """Whether the forward pass keeps the columns' moments for the backward pass."""
+    return not uses_dual(P, N, D) or N >= FEW_SAMPLES or P * D <= _FEW_COLUMNS
+
+
+def keeps_operand_variance(P: int, N: int, D: int, device: torch.device, product: str = "ieee") -> bool:
     """Whether vhat is kept beside v: on the dual side, wherever a faster product may round its operands.
 
     On a CUDA device that does not depend on torch's setting, which may change between tracing and running.
     """
-    return covariance and uses_dual(N, D) and (product != "ieee" or device.type == "cuda")
+    return uses_dual(P, N, D) and (product != "ieee" or device.type == "cuda")
 
 
 class Block(NamedTuple):

@@ -14,22 +14,34 @@ from .multiview import Plan, problems
 from .rows import WHOLE, uses_dual
 
 
-def _statistics_gradient(z: Tensor, var_scale: Tensor | float, cov_scale: Tensor | float, plan: Plan) -> Tensor:
-    """Gradient of var_scale * sum_d relu(gamma - std_d) + cov_scale * sum(C0^2) / 2, for one view (P, N, D)."""
-    _, N, D = z.shape
+def _statistics_gradient(
+    z: Tensor, var_scale: Tensor | None, cov_scale: Tensor | None, plan: Plan
+) -> list[Tensor]:
+    """Summands of the gradient of var_scale * sum_d relu(gamma - std_d) + cov_scale * sum(C0^2) / 2, one view (P, N, D).
+
+    What nobody asked for (None) is not computed: an infinite term would spoil the others.
+    """
+    P, N, D = z.shape
     c = z - z.mean(dim=1, keepdim=True)
+    c = c - c.mean(dim=1, keepdim=True)  # or a constant column would have a variance
     v = c.square().sum(dim=1, keepdim=True) / (N - 1)
-    active = ((v + plan.eps).sqrt() < plan.gamma) & (v + plan.eps > 0)
-    std = torch.where(active, v + plan.eps, 1).sqrt()
-    g = torch.where(active, c / std, 0) * (-var_scale / (N - 1))
-    if plan.covariance:
-        if uses_dual(N, D):
+    parts = []
+    if var_scale is not None:
+        active = ((v + plan.eps).sqrt() < plan.gamma) & (v + plan.eps > 0)
+        std = torch.where(active, v + plan.eps, 1).sqrt()
+        parts.append(torch.where(active, c / std, 0) * (-var_scale / (N - 1)))
+    if cov_scale is not None and plan.covariance:
+        if uses_dual(P, N, D):
             product = (c @ c.mT) @ c / (N - 1) - c * v
         else:
             C = c.mT @ c / (N - 1)
             product = c @ (C - torch.diag_embed(C.diagonal(dim1=-2, dim2=-1)))
-        g = g + product * (2 * cov_scale / (N - 1))
-    return g
+        parts.append(product * (2 * cov_scale / (N - 1)))
+    return parts
+
+
+def _scaled(up: Tensor | None, factor: float) -> Tensor | None:
+    return None if up is None else up * factor
 
 
 def gradient(
@@ -47,18 +59,21 @@ def gradient(
     ]
     with precision.exact_products("ieee", sources[0].device):
         for number, group in enumerate(plan.groups(sources, indices)):
-            ups = upstream[3 * number : 3 * number + 3]
-            inv, var, cov = (0.0 if up is None else up * w for up, w in zip(ups, plan.weights, strict=True))
             z = [rows.read(WHOLE).to(dtype) for _, rows in group]
             V = len(z)
             P, _, D = z[0].shape
-            g = [_statistics_gradient(each, var / (V * P * D), 2 * cov / (V * P * D), plan) for each in z]
-            for i, j in plan.pair_list:
-                d = (z[i] - z[j]) * (inv * 2 / (len(plan.pair_list) * z[i].numel()))
-                g[i] = g[i] + d
-                g[j] = g[j] - d
-            for (source, rows), values in zip(group, g, strict=True):
+            ups = upstream[3 * number : 3 * number + 3]
+            inv, var, cov = (_scaled(up, w) for up, w in zip(ups, plan.weights, strict=True))
+            var, cov = _scaled(var, 1 / (V * P * D)), _scaled(cov, 2 / (V * P * D))
+            g = [_statistics_gradient(each, var, cov, plan) for each in z]
+            if inv is not None:
+                factor = inv * 2 / (max(1, len(plan.pair_list)) * z[0].numel())
+                for i, j in plan.pair_list:
+                    d = (z[i] - z[j]) * factor
+                    g[i].append(d)
+                    g[j].append(-d)
+            for (source, rows), parts in zip(group, g, strict=True):
                 total = totals[source]
-                if total is not None:
-                    rows.add(problems(total), WHOLE, values)
+                if total is not None and parts:
+                    rows.add(problems(total), WHOLE, sum(parts[1:], parts[0]))
     return [total.to(s.dtype) for total, s in zip(totals, sources, strict=True) if total is not None]

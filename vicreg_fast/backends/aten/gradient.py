@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ... import precision
 from ...multiview import Plan
-from ...rows import Block, Rows, uses_dual
+from ...rows import FEW_SAMPLES, Block, Rows, uses_dual
 from .blocks import blocks
-from .terms import Statistics
+from .terms import Statistics, recomputed_moments
 
 
 class _Sum:
@@ -59,6 +59,7 @@ def gradient(
     views: Sequence[Rows],
     plan: Plan,
     product: str,
+    spare: int,
     statistics: Statistics,
     upstream: Sequence[Tensor | None],
     totals: Sequence[Tensor | None],
@@ -74,7 +75,7 @@ def gradient(
     V = len(views)
     P, N, D = views[0].shape
     dtype = statistics.moments.dtype
-    dual = uses_dual(N, D)
+    dual = uses_dual(P, N, D)
     rounds = product != "ieee"
     inv_up, var_up, cov_up = upstream
     w_inv, w_var, w_cov = plan.weights
@@ -89,18 +90,22 @@ def gradient(
     scale = None if cov_up is None or not plan.covariance else cov_up * (4 * w_cov / (V * P * D * (N - 1)))
     # Either factor of the product may bear its scale.  A scaled copy of a small M costs nothing; one of a large M would
     # be the largest tensor of the backward pass, and fresh memory costs more than a pass over a block in the cache.
-    scales_M = 4 * statistics.M[0, 0].numel() <= N * D if plan.covariance else False
+    scales_M = scale is not None and 4 * statistics.M[0, 0].numel() <= N * D
     # The primal's M has a zero diagonal: the variance's factor rides on it.
-    rides = scale is not None and scales_M and not dual and not rounds
+    rides = scales_M and not dual and not rounds
 
     def columns(block: Block) -> _Columns:
-        hi, lo, v, *operand_v = block.of_columns(statistics.moments).unbind(0)
+        if statistics.moments.numel():
+            moments = block.of_columns(statistics.moments)
+        else:
+            moments = recomputed_moments(views, block, dtype, product)
+        hi, lo, deviation, *operand_v = moments.unbind(0)
         factor = operand_factor = None
         if slope is not None:
-            std = (v + plan.eps if plan.eps else v).sqrt()
+            std = (deviation.square() + plan.eps).sqrt() if plan.eps else deviation
             factor = torch.where((std < plan.gamma) & (std > 0), slope / std, 0.0)
         if scale is not None and dual:
-            operand_factor = (operand_v[0] if operand_v else v) * -scale
+            operand_factor = (operand_v[0] if operand_v else deviation.square()) * -scale
             if not rounds:  # o is c: one factor
                 factor = operand_factor if factor is None else operand_factor.add_(factor)
                 operand_factor = None
@@ -110,14 +115,12 @@ def gradient(
         """What each needed view's operand is multiplied with, (p, M, M)."""
         if scale is None:
             return {}
-        every = len(needed) == V
-        A = statistics.M[group] if every else statistics.M[group][:, list(needed)]
+        A = statistics.M[group]
         if scales_M:
             A = A * scale
         if rides and shared.factor is not None:
-            factor = shared.factor if every else shared.factor[:, list(needed)]
-            A.diagonal(dim1=-2, dim2=-1).copy_(factor.squeeze(2))
-        return dict(zip(needed, A.unbind(1), strict=True))
+            A.diagonal(dim1=-2, dim2=-1).copy_(shared.factor.squeeze(2))
+        return {view: A[:, view] for view in needed}
 
     def add_differences(z: dict[int, Tensor], sums: dict[int, _Sum]) -> None:
         for pair in pairs:
@@ -135,7 +138,7 @@ def gradient(
             o = precision.round_operand(c, product)
             if shared.operand_factor is not None:
                 summed.add(o, shared.operand_factor[:, view])
-            if not scales_M:
+            if scale is not None and not scales_M:
                 o *= scale
             summed.add_matmul(*((A, o) if dual else (o, A)))
 
@@ -157,8 +160,13 @@ def gradient(
             elif not in_place[view]:
                 views[view].of(needed[view], block).copy_(values)
 
-    # Views are centred one at a time, so blocks may be twice as large as the forward pass's: that is faster.
-    for group, parts in blocks(max(1, V // 2), P, N, D):
+    # Plain views are read in place: a pair's difference and one centred view.  Else all rows, all sums and one more.
+    plain = all(in_place.values()) and all(view.source.dtype == dtype for view in views)
+    # Where samples are few, the columns' statistics are as large as the rows.
+    buffers = (2 if plain else 2 * V + 1) + rounds + (6 * V if N < FEW_SAMPLES else 0)
+    if scales_M:
+        spare -= statistics.M.numel()
+    for group, parts in blocks(P, N, D, buffers, spare):
         shared = columns(parts[0])
         A = products(group, shared)
         for block in parts:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ... import precision
 
-# Elements of one tile of distances: 2^19 float32 stay in the second-level cache.
+# Elements of one tile of distances: 2^19 float32 stay in the second-level cache.  Two tiles take no more memory than
+# both maps, unless these are small.
 TILE_ELEMENTS = 1 << 19
+SMALL_ELEMENTS = 1 << 16
 # Elements of both maps that are centred at once: 8 MiB of float32.  2^19 took 1.1 to 1.4 times as long.
 MAP_ELEMENTS = 1 << 21
 # Rows this short are locations.
@@ -41,17 +43,16 @@ class _Operands(NamedTuple):
 
 
 def _prepare(queries: Tensor, candidates: Tensor, dtype: torch.dtype) -> _Operands:
-    q, c = queries.to(dtype), candidates.to(dtype)
-    if q.shape[-1] <= MAX_COORDINATES:
-        return _Operands(q, c, None)
+    if queries.shape[-1] <= MAX_COORDINATES:
+        return _Operands(queries.to(dtype), candidates.to(dtype), None)
     # Any common vector will do; a channel in which some candidate is not finite stays as it is.
-    shift = c.mean(dim=1, keepdim=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    (q, q_norm), (c, c_norm) = _centred(q, shift), _centred(c, shift)
+    shift = candidates.mean(dim=1, keepdim=True, dtype=dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    (q, q_norm), (c, c_norm) = _centred(queries, shift), _centred(candidates, shift)
     return _Operands(q, c, (q_norm, c_norm))
 
 
 def _centred(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows minus the shift, and their squared norms.
+    """Rows minus the shift, in its type, and their squared norms.
 
     A row whose norm is not finite is at infinity from every other, or nowhere, and its norm alone says which: its
     products would turn one into the other, so the row is zero in them.
@@ -124,9 +125,10 @@ def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
         )
         for P in (P1, P2)
     )
-    images = max(1, min(TILE_ELEMENTS // (P1 * P2), MAP_ELEMENTS // ((P1 + P2) * C)))
+    tile_elements = min(TILE_ELEMENTS, max(SMALL_ELEMENTS, B * (P1 + P2) * C // 2))
+    images = max(1, min(tile_elements // (P1 * P2), MAP_ELEMENTS // ((P1 + P2) * C)))
     images = -(-B // -(-B // images))  # groups of equal size
-    step = min(P1, max(1, TILE_ELEMENTS // P2))
+    step = min(P1, max(1, tile_elements // P2))
     for first in range(0, B, images):
         group = slice(first, first + images)
         operands = _prepare(queries[group], candidates[group], dtype)

@@ -10,16 +10,19 @@ from ...multiview import Plan, problems
 from . import gradient as _gradient
 from . import matching
 from . import terms as _terms
+from .blocks import spare_elements
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """[weighted inv, var, cov and their sum of every group, then moments and M of every group]."""
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
+    groups = list(plan.groups(sources, indices))
+    spare = spare_elements(groups, sources, indices)
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with precision.exact_products(product, sources[0].device):
-        for group in plan.groups(sources, indices):
-            value, statistics = _terms.terms([rows for _, rows in group], plan, product)
+        for group in groups:
+            value, statistics = _terms.terms([rows for _, rows in group], plan, product, spare)
             values.extend(value)
             saved.extend(statistics)
     return [*values, *saved]
@@ -40,6 +43,8 @@ def gradient(
     device = sources[0].device
     dtypes = [source.dtype for source in sources]
     product = precision.resolve_product(plan.precision, device, dtypes)
+    groups = list(plan.groups(sources, indices))
+    spare = spare_elements(groups, sources, indices)
     # Where each source is one plain view, every element is written once; else contributions add up.
     add = bool(indices) or len(plan.view_source) > plan.source_count
     totals: list[Tensor | None] = [None] * len(sources)
@@ -47,14 +52,16 @@ def gradient(
         if need and add:
             dtype = precision.accumulation_dtype(dtypes)
             totals[number] = torch.zeros(source.shape, dtype=dtype, device=device)
+            spare -= source.numel() if source.dtype != dtype else 0
         elif need:
             totals[number] = torch.empty(source.shape, dtype=source.dtype, device=device)
     with precision.exact_products(product, device):
-        for number, group in enumerate(plan.groups(sources, indices)):
+        for number, group in enumerate(groups):
             _gradient.gradient(
                 [rows for _, rows in group],
                 plan,
                 product,
+                spare,
                 _terms.Statistics(*saved[2 * number : 2 * number + 2]),
                 upstream[3 * number : 3 * number + 3],
                 [None if (total := totals[source]) is None else problems(total) for source, _ in group],

@@ -24,20 +24,21 @@ from torch import Tensor
 
 from ... import precision
 from ...multiview import Plan
-from ...rows import Block, Rows, keeps_operand_variance, uses_dual
+from ...rows import FEW_SAMPLES, Block, Rows, keeps_moments, keeps_operand_variance, uses_dual
 from .blocks import blocks
 
-# Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache.
-_NORM_CHUNK = 1 << 17
+# Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache, and takes less
+# memory than the matrix.
+_NORM_CHUNKS = 1 << 15, 1 << 17
 
 
 class Statistics(NamedTuple):
     """What a group's forward pass leaves for its backward pass."""
 
-    moments: (
-        Tensor  # (3, V, P, 1, D): hi, lo and the variance v; a fourth row, vhat, where operands are rounded
-    )
-    M: Tensor  # (V, P, M, M); (0,) where no covariance was asked for
+    # (3, P, V, 1, D): hi, lo and the standard deviation; a fourth row, vhat, where products may round their operands.
+    # (0,) where few samples of the dual side leave none: they would take more memory than the blocks.
+    moments: Tensor
+    M: Tensor  # (P, V, M, M); (0,) where no covariance was asked for
 
 
 def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
@@ -89,22 +90,20 @@ def _mirror(M: Tensor) -> None:
 
 
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
-    def of(part: Tensor) -> Tensor:
-        wide = part.to(dtype)
-        return torch.dot(wide, wide)
-
     flat = M.reshape(-1)
-    return (
-        of(flat)
-        if flat.numel() <= _NORM_CHUNK
-        else _sum([of(p) for p in torch.split(flat, _NORM_CHUNK)], dtype)
-    )
+    least, most = _NORM_CHUNKS
+    squares = []
+    for part in torch.split(flat, max(least, min(most, flat.numel() // 4))):
+        wide = part.to(dtype)
+        squares.append(torch.dot(wide, wide))
+    return _sum(squares, dtype)
 
 
-def _join_chunks(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | None) -> None:
-    """Chan's formula: store in ``into`` hi, lo and the sum of squared deviations of joined chunks.
+def _join(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | None) -> Tensor:
+    """Chan's formula: store the centre of joined chunks in ``into`` and return their variance, (p, V, 1, D).
 
-    ``into`` and the chunks are (3, p, V, 1, D); m (p * V, D, D) gets what lies between chunks.
+    ``into`` and the chunks are (3, p, V, 1, D).  A chunk's third row is its share of the variance, sum(c^2) over its
+    own rows, over N - 1.  m (p * V, D, D) gets what lies between chunks.
     """
     wide = precision.scalar_dtype(into.device)
     means = torch.stack([chunk[0].to(wide) + chunk[1] for chunk in chunks])  # (K, p, V, 1, D)
@@ -115,54 +114,75 @@ def _join_chunks(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tenso
     offset = (offsets * n).sum(0) / total
     between = (offsets - offset) * n.sqrt()
     center = means[0] + offset
-    hi, lo, square = into.unbind(0)
-    hi.copy_(center)
-    lo.copy_(center - hi)
-    square.copy_(torch.stack([chunk[2] for chunk in chunks]).to(wide).sum(0) + between.square().sum(0))
+    into[0].copy_(center)
+    into[1].copy_(center - into[0])
     if m is not None:
         b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)  # (p * V, K, D)
         _add_gram(m, b, dual=False, scale=1 / (total - 1))
+    within = torch.stack([chunk[2] for chunk in chunks]).to(wide).sum(0)
+    return (within + between.square().sum(0) / (total - 1)).to(into.dtype)
 
 
 def _reduce(
-    z: Tensor, moments: Tensor, m: Tensor | None, energy: Tensor | None, product: str, scale: float
-) -> None:
-    """Centre one block z (p, V, n, d) in place, twice, store its moments, add ``scale`` times its product to m.
+    z: Tensor, N: int, into: Tensor | None, m: Tensor | None, energy: Tensor | None, product: str, dual: bool
+) -> tuple[Tensor, Tensor]:
+    """Centre one block z (p, V, n, d) of problems with N samples in place, twice, and add its product to m.
 
-    z ends as its squares, which then need no buffer of their own.  The moments (3, p, V, 1, d) are hi, lo, the sum of squared deviations and, in a fourth row, that of the operand.
-    ``energy`` (p, V, n), on the dual side only, gets the squares of each sample's operand.
+    Returns v and vhat, (p, V, 1, d) each, and stores hi and lo in ``into`` (3, p, V, 1, d).  ``energy`` (p, V, n), on
+    the dual side, gets the squares of each sample's operand.  z ends as its squares: they need no buffer of their own.
     """
-    hi, lo, square, *operand_square = moments.unbind(0)
+    hi, lo = (None, None) if into is None else (into[0], into[1])
     z -= torch.mean(z, 2, keepdim=True, out=hi)
     z -= torch.mean(z, 2, keepdim=True, out=lo)
+    o = precision.round_operand(z, product)
     if m is not None:
-        o = precision.round_operand(z, product)
-        _add_gram(m, o.flatten(0, 1), energy is not None, scale)
-    torch.sum(z.mul_(z), 2, keepdim=True, out=square)
-    if m is not None and operand_square:
-        if product != "ieee":  # else z holds them already
-            torch.mul(o, o, out=z)
-        torch.sum(z, 2, keepdim=True, out=operand_square[0])
+        _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
+    # A few samples may be so near to each other that float32 has no squares for their distances: scales of 1e-18.
+    squares = z.to(precision.scalar_dtype(z.device)).square_() if N < FEW_SAMPLES else z.mul_(z)
+    operand_v = v = squares.sum(2, keepdim=True).div_(N - 1)
+    if dual and product != "ieee":
+        squares = o.mul_(o)
+        operand_v = squares.sum(2, keepdim=True).div_(N - 1)
     if energy is not None:
-        energy += z.sum(3)
+        energy += squares.sum(3)
+    return v, operand_v
 
 
-def terms(views: Sequence[Rows], plan: Plan, product: str) -> tuple[list[Tensor], Statistics]:
+def _complete(into: Tensor, std: Tensor, operand_v: Tensor) -> None:
+    """Store what is kept of columns besides their centre: the root of v, which reaches farther down than v does."""
+    into[2].copy_(std)
+    if into.shape[0] > 3:
+        into[3].copy_(operand_v)
+
+
+def recomputed_moments(views: Sequence[Rows], block: Block, dtype: torch.dtype, product: str) -> Tensor:
+    """The moments of a block of the dual side, where the forward pass kept none."""
+    P, N, D = views[0].shape
+    z = _read(views, block, dtype)
+    p, V, _, d = z.shape
+    into = z.new_empty(4 if keeps_operand_variance(P, N, D, z.device, product) else 3, p, V, 1, d)
+    v, operand_v = _reduce(z, N, into, None, None, product, dual=True)
+    _complete(into, v.sqrt(), operand_v)
+    return into
+
+
+def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[list[Tensor], Statistics]:
     """Weighted invariance, variance and covariance of a group and their sum, and what the gradient needs.
 
-    Reads each view once; works in one block of one view, its squares, and M.
+    Reads each view once; works in M and in the buffers of one block of every view (``spare``: see blocks.py).
     """
     V = len(views)
     P, N, D = views[0].shape
     device = views[0].source.device
     dtype = precision.accumulation_dtype([view.source.dtype for view in views])
     wide = precision.scalar_dtype(device)
-    dual = uses_dual(N, D)
-    side = N if dual else D
-    kept = 4 if keeps_operand_variance(N, D, plan.covariance, device, product) else 3
-    moments = torch.empty(kept, P, V, 1, D, dtype=dtype, device=device)
+    dual = uses_dual(P, N, D)
+    keeps = keeps_moments(P, N, D)
+    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, device, product) else 3
+    moments = torch.empty((rows, P, V, 1, D) if keeps else (0,), dtype=dtype, device=device)
     M = energy = None
     if plan.covariance:
+        side = N if dual else D
         M = torch.zeros(P, V, side, side, dtype=dtype, device=device)
         if dual:
             energy = torch.zeros(P, V, N, dtype=wide, device=device)
@@ -171,36 +191,40 @@ def terms(views: Sequence[Rows], plan: Plan, product: str) -> tuple[list[Tensor]
     hinges: list[Tensor] = []
     operand_squares: list[Tensor] = []
 
-    def reduce(block: Block, group: slice, into: Tensor) -> None:
+    def reduce(block: Block, group: slice, into: Tensor | None) -> tuple[Tensor, Tensor]:
         z = _read(views, block, dtype)
         for i, j in pairs:
             d = z[:, i] - z[:, j]
             differences.append(d.mul_(d).sum())  # mse_loss takes a third longer
         m = None if M is None else M[group].flatten(0, 1)  # a view: both dimensions are contiguous
-        _reduce(z, into, m, None if energy is None else energy[group], product, 1 / (N - 1))
+        return _reduce(z, N, into, m, None if energy is None else energy[group], product, dual)
 
-    def finish(columns: Tensor) -> None:
-        """Make variances of sums of squares; what needs them is added up while they are in the cache."""
-        columns[2:].div_(N - 1)
-        v = columns[2]
-        std = (v + plan.eps if plan.eps else v).sqrt()
-        hinges.append((plan.gamma - std).relu_().sum())
+    def finish(v: Tensor, operand_v: Tensor, into: Tensor | None) -> None:
+        """Add up what needs the variances of whole columns, while they are in the cache."""
+        std = v.sqrt()
+        hinges.append((plan.gamma - ((v + plan.eps).sqrt() if plan.eps else std)).relu_().sum())
         if energy is not None:
-            operand_squares.append(_sum_of_squares(columns[-1], wide))
+            operand_squares.append(_sum_of_squares(operand_v, wide))
+        if into is not None:
+            _complete(into, std, operand_v)
 
-    for group, parts in blocks(V, P, N, D):
+    # Rows that are stacked, and where they are gathered first, once more; else the difference of a pair.  Where samples
+    # are few, their squares in float64 and the columns' statistics are as large as the rows.
+    buffers = V + (V if views[0].patch is not None else 1) + (6 * V if N < FEW_SAMPLES else 0)
+    for group, parts in blocks(P, N, D, buffers, spare):
         if dual or len(parts) == 1:
             for block in parts:
-                into = block.of_columns(moments)
-                reduce(block, group, into)
-                finish(into)
+                into = block.of_columns(moments) if keeps else None
+                finish(*reduce(block, group, into), into)
         else:
-            chunks = [moments.new_empty(kept, len(range(P)[group]), V, 1, D) for _ in parts]
+            # Before the blocks: what outlives a block and is made within it takes the place of the next one's buffers.
+            chunks = [moments.new_empty(3, len(range(P)[group]), V, 1, D) for _ in parts]
             for block, chunk in zip(parts, chunks, strict=True):
-                reduce(block, group, chunk)
+                chunk[2].copy_(reduce(block, group, chunk)[0])
             counts = [len(range(N)[block.rows]) for block in parts]
-            _join_chunks(counts, chunks, moments[:, group], None if M is None else M[group].flatten(0, 1))
-            finish(moments[:, group])
+            into = moments[:, group]
+            v = _join(counts, chunks, into, None if M is None else M[group].flatten(0, 1))
+            finish(v, v, into)
 
     w_inv, w_var, w_cov = plan.weights
     var = (_sum(hinges, wide) * (w_var / (V * P * D))).to(dtype)
