@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vicreg_fast import VICRegLLoss, VICRegLoss, functional
+from vicreg_fast.backends.aten import blocks
 
 BAD = (TypeError, ValueError)
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -89,6 +90,7 @@ both_losses = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES.keys()
 NUMBER_ERRORS = {
     "nan": (math.nan, ValueError, "needs a finite number.*, got nan"),
     "inf": (math.inf, ValueError, "needs a finite number.*, got inf"),
+    "beyond-floats": (10**400, ValueError, "needs a finite number.*, got inf"),
     "-inf": (-math.inf, ValueError, "needs a finite number.*, got -inf"),
     "string": ("25", TypeError, "needs a number.*, got str '25'"),
     "none": (None, TypeError, "needs a number.*, got NoneType None"),
@@ -360,6 +362,21 @@ def test_vicregl_refuses_argument(changed, message, backend):
         local_loss(backend=backend)(**local_arguments(**changed))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vicregl_refuses_globals_on_another_device(backend):
+    globals_ = {name: torch.empty(B, 4, device="meta") for name in ("x1_glob", "x2_glob")}
+    with pytest.raises(ValueError, match="x1_glob needs the device of x1_maps, cpu, got meta"):
+        local_loss(backend=backend)(**local_arguments(**globals_))
+
+
+@both_losses
+@pytest.mark.parametrize("name", ["inv_coeff", "var_coeff", "cov_coeff"])
+def test_refuses_coefficient_on_another_device(make, name):
+    loss = make(**{name: torch.ones((), device="meta")})
+    with pytest.raises(ValueError, match=f"{name} needs device cpu or that of the inputs, cpu, got meta"):
+        loss(randn(B, 4), randn(B, 4)) if make is VICRegLoss else loss(**local_arguments())
+
+
 @pytest.mark.parametrize("name", ["x1_maps", "x2_maps", "x1_glob", "x2_glob"])
 @pytest.mark.parametrize("dtype", NOT_FLOATING, ids=str)
 def test_vicregl_refuses_types_of_number(name, dtype):
@@ -415,6 +432,19 @@ def test_integer_locations_are_numbers(dtype, coordinates, backend):
     as_integers = loss(**local_arguments(x1_locations=l1.to(dtype), x2_locations=l2.to(dtype)))
     as_floats = loss(**local_arguments(x1_locations=l1.float(), x2_locations=l2.float()))
     assert {k: v.item() for k, v in as_integers.items()} == {k: v.item() for k, v in as_floats.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integer_locations_stay_exact(backend):
+    # Neighbours that float32 cannot tell apart: 2^24 + 1 has 25 digits.
+    place = torch.tensor([[[2**24, 0], [2**24 + 1, 0], [0, 2**24]]])
+    maps = [randn(1, 3, C, seed=seed) for seed in (1, 2)]
+    loss = VICRegLLoss(3, alpha=0.0, backend=backend)
+    found = loss(*maps, None, None, place, place)["location/inv-loss"]
+    expected = (
+        25 * (maps[0] - maps[1]).double().square().mean()
+    )  # of float32: wrong matches change it by a third
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_integer_and_float_locations_mix():
@@ -584,6 +614,10 @@ NEAREST_ERRORS = {
     "distances-2d": ({"distances": randn(P, P)}, r"distances needs shape .*, got \(6, 6\)"),
     "distances-other": ({"distances": randn(B, P, 5)}, r"distances needs shape \(3, 6, 6\), got \(3, 6, 5\)"),
     "distances-int64": ({"distances": of_type(torch.int64, B, P, P)}, "distances needs dtype .*, got int64"),
+    "distances-meta": (
+        {"distances": torch.empty(B, P, P, device="meta")},
+        "distances needs the device of input_maps, cpu, got meta",
+    ),
     "num_matches-too-many": ({"num_matches": 7}, r"num_matches=7 needs .*input_maps, got shape \(3, 6, 5\)"),
     "num_matches-zero": ({"num_matches": 0}, "num_matches needs to be at least 1, got 0"),
     "num_matches-none": ({"num_matches": None}, "num_matches needs a whole number, got NoneType None"),
@@ -619,9 +653,9 @@ def test_local_vicreg_loss_refuses_matches(x, y, message):
 
 # -- NaN and infinity come out as such --------------------------------------------------------------------------
 
-SHAPES = {"primal": (9, 3), "dual": (3, 9)}
-# Large enough that the ATen backend reads each of them in two blocks or more.
-LARGE = {"primal-blocks": (4500, 64), "dual-blocks": (64, 4500)}
+SHAPES = {"primal": (9, 3), "dual": (3, 90)}
+# With a cache of 2^13 elements the ATen backend reads each of them in two blocks or more.
+LARGE = {"primal-blocks": (600, 20), "dual-blocks": (20, 600)}
 TERMS = ("inv-loss", "var-loss", "cov-loss", "loss")
 
 
@@ -642,7 +676,9 @@ def test_vicreg_shows_what_is_not_finite(shape, view, position, value, backend):
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE.keys())
 @pytest.mark.parametrize("position", [(0, 0), (-1, -1)], ids=["first", "last"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE.keys())
-def test_vicreg_shows_what_is_not_finite_in_any_block(shape, position, value):
+def test_vicreg_shows_what_is_not_finite_in_any_block(shape, position, value, monkeypatch):
+    monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1 << 13)
+    assert len([part for _, parts in blocks.blocks(1, *shape, 3, 0) for part in parts]) > 1
     x, y = randn(*shape), randn(*shape, seed=1)
     y[position] = value
     losses = VICRegLoss(backend="aten")(x, y)

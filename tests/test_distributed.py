@@ -25,11 +25,12 @@ from vicreg_fast import VICRegLLoss, VICRegLoss, reference
 
 WORLDS = (2, 3)
 KINDS = ("vicreg", "image", "slot")  # VICRegLoss, and VICRegLLoss by its statistics
+EMBEDDINGS = ("vicreg", "wide")  # VICRegLoss, of few features and of so many that the covariance is N x N
 COLLECTIVE_SECONDS = 10  # a collective takes milliseconds: a longer wait is a rank that never came
 SPAWN_SECONDS = 90
 # Closed forms against formulas, blocks summed in another order: hundreds of units of 2^-53.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-INPUTS, D, P1, P2, M = 6, 5, 7, 8, 3
+INPUTS, D, WIDE, P1, P2, M = 6, 5, 70, 7, 8, 3
 COEFFICIENTS, GAMMA, EPS, ALPHA = (7.0, 5.0, 3.0), 0.8, 1e-4, 0.6
 KEYS = ("inv-loss", "var-loss", "cov-loss", "loss")
 
@@ -47,6 +48,7 @@ class Case(NamedTuple):
 
 
 CASES = [Case(k, c) for k in KINDS for c in ((4, 4), (5, 2), (1, 6), (1, 1), (3, 3, 3), (4, 1, 2))]
+CASES += [Case("wide", c) for c in ((4, 4), (5, 2), (3, 3, 3), (4, 1, 2))]
 # An empty part: embeddings only, maps need one image.
 CASES += [Case("vicreg", c) for c in ((0, 5), (3, 0, 2))]
 
@@ -75,9 +77,10 @@ def part(tensors: list[torch.Tensor], counts: tuple[int, ...], rank: int) -> lis
 class Network(nn.Module):
     """Patches of two views -> two maps and their means, by one small network of fixed weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, D)).double()
+        features = WIDE if kind == "wide" else D
+        self.layers = nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, features)).double()
         with torch.no_grad():
             for seed, parameter in enumerate(self.parameters()):
                 parameter.copy_(0.5 * randn(*parameter.shape, seed=10 + seed))
@@ -85,25 +88,25 @@ class Network(nn.Module):
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         B = a.shape[0]
         z = self.layers(torch.cat([a.flatten(0, 1), b.flatten(0, 1)]))
-        maps = z[: B * P1].view(B, P1, D), z[B * P1 :].view(B, P2, D)
+        maps = z[: B * P1].view(B, P1, z.shape[1]), z[B * P1 :].view(B, P2, z.shape[1])
         return *maps, maps[0].mean(1), maps[1].mean(1)
 
 
 def make_loss(kind: str, coefficients: tuple[Any, Any, Any] = COEFFICIENTS, **options: Any) -> nn.Module:
-    if kind == "vicreg":
+    if kind in EMBEDDINGS:
         return VICRegLoss(*coefficients, GAMMA, eps=EPS, **options)
     options = {"alpha": ALPHA, **options}
     return VICRegLLoss(M, options.pop("alpha"), *coefficients, GAMMA, eps=EPS, statistics=kind, **options)
 
 
 def call(loss: nn.Module, kind: str, outputs: Any, places: Any) -> dict[str, torch.Tensor]:
-    return loss(*outputs[2:]) if kind == "vicreg" else loss(*outputs, *places)
+    return loss(*outputs[2:]) if kind in EMBEDDINGS else loss(*outputs, *places)
 
 
 def true_terms(kind: str, outputs: Any, places: Any) -> dict[str, reference.VICRegTerms]:
     """The unweighted terms of every part, on the whole batch."""
     terms = {"global": reference.vicreg_terms(*outputs[2:], GAMMA, EPS)}
-    if kind != "vicreg":
+    if kind not in EMBEDDINGS:
         local = reference.local_terms(*outputs[:2], *places, M, GAMMA, EPS, statistics=kind)
         terms |= {"location": local.location, "feature": local.feature}
     return terms
@@ -114,7 +117,7 @@ def true_losses(kind: str, outputs: Any, places: Any) -> dict[str, torch.Tensor]
     for name, terms in true_terms(kind, outputs, places).items():
         weighted = [w * t for w, t in zip(COEFFICIENTS, terms, strict=True)]
         losses |= {f"{name}/{k}": v for k, v in zip(KEYS, (*weighted, sum(weighted)), strict=True)}
-    if kind == "vicreg":
+    if kind in EMBEDDINGS:
         return {k.removeprefix("global/"): v for k, v in losses.items()}
     local = (losses["location/loss"] + losses["feature/loss"]) / 2
     return {"loss": ALPHA * losses["global/loss"] + (1 - ALPHA) * local, **losses}
@@ -136,7 +139,7 @@ def caught(function: Callable[[], Any]) -> str:
 
 def train_step(case: Case, rank: int) -> Result:
     """Losses and the parameter gradients that DDP averages."""
-    network = DistributedDataParallel(Network())
+    network = DistributedDataParallel(Network(case.kind))
     a, b, *places = part(whole_batch(sum(case.counts)), case.counts, rank)
     loss = make_loss(case.kind, gather_distributed=True)
     losses = call(loss, case.kind, network(a, b), places)
@@ -151,7 +154,7 @@ def trainable_coefficients(case: Case, rank: int) -> Result:
     coefficients = tuple(nn.Parameter(torch.tensor(c, dtype=torch.float64)) for c in COEFFICIENTS)
     a, b, *places = part(whole_batch(sum(case.counts)), case.counts, rank)
     loss = make_loss(case.kind, coefficients, gather_distributed=True)
-    call(loss, case.kind, Network()(a, b), places)["loss"].backward()
+    call(loss, case.kind, Network(case.kind)(a, b), places)["loss"].backward()
     return {"gradients": [c.grad for c in coefficients]}
 
 
@@ -208,7 +211,9 @@ BAD_HERE = {
     "slot-maps-another-B": Fault("slot", "x2_maps", lambda t: t[:2], "ValueError: x2_maps needs the images"),
     "image-locations-another-B": Fault("image", "x1_locations", lambda t: t[:2], "ValueError: x1_locations"),
     "slot-locations-1d": Fault("slot", "x2_locations", lambda t: t[..., :1], "ValueError: x2_locations"),
-    "slot-globals-another-B": Fault("slot", "x2_glob", lambda t: t[:2], "ValueError: "),
+    "slot-globals-another-B": Fault(
+        "slot", "x2_glob", lambda t: t[:2], "ValueError: x2_glob needs the shape of x1"
+    ),
 }
 # Each rank's own arguments agree with one another, but those of the last rank not with the others'.
 DIFFERS = {
@@ -384,7 +389,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 @every_case
 def test_ddp_averages_to_the_gradient_of_one_process_with_the_whole_batch(results, case):
-    network = Network()
+    network = Network(case.kind)
     a, b, *places = whole_batch(sum(case.counts))
     loss = true_losses(case.kind, network(a, b), places)["loss"]
     truth = torch.autograd.grad(loss, list(network.parameters()))
@@ -398,7 +403,7 @@ def test_ddp_averages_to_the_gradient_of_one_process_with_the_whole_batch(result
 @every_case
 def test_every_rank_returns_the_losses_of_the_whole_batch(results, case):
     a, b, *places = whole_batch(sum(case.counts))
-    truth = {k: v.detach() for k, v in true_losses(case.kind, Network()(a, b), places).items()}
+    truth = {k: v.detach() for k, v in true_losses(case.kind, Network(case.kind)(a, b), places).items()}
     for rank in results[case.world](f"step {case}"):
         torch.testing.assert_close(rank["losses"], truth, **EXACT)
 
@@ -415,7 +420,7 @@ def test_all_ranks_return_the_same_bits(results, case):
 def test_gradients_of_coefficients_average_to_the_global_terms(results, world, kind):
     a, b, *places = whole_batch(sum(UNEQUAL[world]))
     with torch.no_grad():
-        terms = true_terms(kind, Network()(a, b), places)
+        terms = true_terms(kind, Network(kind)(a, b), places)
     shares = {"global": 1.0} if kind == "vicreg" else {"global": ALPHA}
     shares |= dict.fromkeys(("location", "feature"), (1 - ALPHA) / 2)
     ranks = results[world](f"coefficients {kind}")
@@ -546,7 +551,7 @@ def test_second_derivatives_of_per_image_statistics_raise_or_are_right(results, 
 
 
 def one_process(kind: str) -> None:
-    network = Network()
+    network = Network(kind)
     a, b, *places = whole_batch(4)
     losses = call(make_loss(kind, gather_distributed=True), kind, network(a, b), places)
     gradients = torch.autograd.grad(losses["loss"], list(network.parameters()))

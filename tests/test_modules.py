@@ -256,7 +256,7 @@ def test_positional_and_keyword_arguments_agree():
 
 SHAPES = {
     "primal": (12, 5),
-    "dual": (5, 12),
+    "dual": (5, 70),
     "square": (8, 8),
     "two-samples": (2, 7),
     "one-feature": (9, 1),
@@ -918,6 +918,33 @@ def test_an_override_that_changes_nothing_changes_nothing(statistics, order):
     losses = SameLocalCovariance(M, 0.25, statistics=statistics, match_order=order)(**arguments)
     expected = true_local_losses(**arguments, alpha=0.25, statistics=statistics, order=order)
     assert values(losses) == pytest.approx(values(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((VICRegLoss, name) for name in OVERRIDES),
+        (VICRegLLoss, "variance_loss"),
+        (VICRegLLoss, "covariance_loss"),
+    ],
+)
+def test_what_is_not_overridden_keeps_its_backend(make, name, monkeypatch):
+    chosen = []
+    choose = functional.backends.choose
+    monkeypatch.setattr(functional.backends, "choose", lambda *asked: chosen.append(asked[0]) or choose(*asked))
+    overriding = in_subclass(make, name, lambda x, *_: x.sum())
+    if make is VICRegLoss:
+        overriding(backend="reference")(*two_views())
+    else:
+        overriding(M, 0.0, backend="reference")(**local_arguments())
+    assert set(chosen) == {"reference"}
+
+
+@both_losses
+def test_an_override_does_not_hide_a_backend_that_cannot_run(make):
+    loss = in_subclass(make, "variance_loss", lambda x, gamma: x.sum())(backend="triton")
+    with pytest.raises(ValueError, match="backend='triton' cannot run on cpu"):
+        loss(*two_views()) if make is VICRegLoss else loss(**local_arguments())
 
 
 def test_vicregl_gradient_through_an_override():

@@ -1,6 +1,7 @@
 """Every error message.  Checks look at types, shapes, devices and Python numbers: none reads a device."""
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ MATCH_ORDERS = ("distance", "patch")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _COORDINATES = (2, 3)
+_CPU = torch.device("cpu")
 
 
 def _show(value: object) -> str:
@@ -35,7 +37,7 @@ def backend_and_precision(backend: object, precision: object) -> None:
 
 def _number(name: str, value: object, need: str) -> float | None:
     """The value of a real number; None for a tensor on another device than the CPU, which is not read."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor | numbers.Real):
         raise TypeError(f"{name} needs {need}, got {type(value).__name__} {_show(value)}")
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
@@ -43,7 +45,10 @@ def _number(name: str, value: object, need: str) -> float | None:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         return float(value.detach())
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond every float
+        return math.inf if isinstance(value, int) and value > 0 else -math.inf
 
 
 def _finite(number: float) -> bool:
@@ -51,9 +56,16 @@ def _finite(number: float) -> bool:
     return -math.inf < number < math.inf
 
 
-def coefficient(name: str, value: object) -> None:
-    """A finite number, of either sign, or a tensor with one element (read only where it lies on the CPU)."""
+def coefficient(name: str, value: object, losses_of: Tensor | None = None) -> None:
+    """A finite number, of either sign, or a tensor with one element (read only where it lies on the CPU).
+
+    A tensor that is to multiply the losses of ``losses_of`` lies on its device or on the CPU.
+    """
     number = _number(name, value, "a number or a tensor")
+    if losses_of is not None and isinstance(value, Tensor) and value.device not in (_CPU, losses_of.device):
+        raise ValueError(
+            f"{name} needs device cpu or that of the inputs, {losses_of.device}, got {value.device}"
+        )
     if number is not None and not _finite(number):
         raise ValueError(f"{name} needs a finite number, got {number}")
 
@@ -80,13 +92,13 @@ def alpha(value: object) -> float:
 
 def num_matches(value: object, statistics: str) -> int:
     """A whole number of at least 1; per-image statistics need two samples, so at least 2 there."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
         raise TypeError(f"num_matches needs a whole number, got {type(value).__name__} {_show(value)}")
     least = 2 if statistics == "image" else 1
     if value < least:
         because = " with statistics='image', whose samples are an image's matches" if least == 2 else ""
         raise ValueError(f"num_matches needs to be at least {least}{because}, got {value}")
-    return value  # type: ignore[return-value]
+    return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
 def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers: bool = False) -> None:
@@ -97,19 +109,24 @@ def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers:
         if value.ndim != ndim if ndim is not None else value.ndim < 2:
             raise ValueError(f"{name} needs shape {shape}, got {tuple(value.shape)}")
         if value.dtype not in (_FLOATING + _INTEGERS if integers else _FLOATING):
-            raise TypeError(
-                f"{name} needs dtype float16, bfloat16, float32 or float64, got {str(value.dtype)[6:]}"
-            )
-    (first, a), *others = named.items()
-    for name, b in others:
+            need = "float16, bfloat16, float32, float64" + (" or an integer type" if integers else "")
+            raise TypeError(f"{name} needs dtype {need}, got {str(value.dtype)[6:]}")
+    one_device(named)
+
+
+def one_device(named: Mapping[str, Any]) -> None:
+    """The tensors among the arguments lie on one device."""
+    found = [(name, value) for name, value in named.items() if isinstance(value, Tensor)]
+    for name, b in found[1:]:
+        first, a = found[0]
         if b.device != a.device:
             raise ValueError(f"{name} needs the device of {first}, {a.device}, got {b.device}")
 
 
-def samples(name: str, count: int, need: int = 2) -> None:
+def samples(name: str, count: int) -> None:
     """At least two samples, of the global batch where it is gathered."""
-    if count < need:
-        raise ValueError(f"{name} needs at least {need} samples to have a variance, got {count}")
+    if count < 2:
+        raise ValueError(f"{name} needs at least 2 samples to have a variance, got {count}")
 
 
 def views(named: Mapping[str, Any], ndim: int | None = None, *, count_samples: bool = True) -> None:
@@ -160,7 +177,8 @@ def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matc
     patches((first, x1), (second, x2))
     for name, value in maps.items():
         enough_patches(name, value, num_matches)
-    tensors({first: x1, **locations}, 3, "(B, P, 2)", integers=True)
+    one_device({first: x1, **locations})
+    tensors(locations, 3, "(B, P, 2) or (B, P, 3)", integers=True)
     for (name, value), (map_name, map_) in zip(locations.items(), maps.items(), strict=True):
         _same(name, value, map_name, map_, (0, 1), "images and patches")
         if value.shape[2] not in _COORDINATES:
@@ -172,6 +190,7 @@ def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matc
 def distance_matrix(distances: Any, queries: Tensor, candidates: Tensor) -> None:
     """Distances (B, P1, P2) of two maps."""
     tensors({"distances": distances}, 3, "(B, P1, P2)")
+    one_device({"input_maps": queries, "distances": distances})
     need = (queries.shape[0], queries.shape[1], candidates.shape[1])
     if tuple(distances.shape) != need:
         raise ValueError(f"distances needs shape {need}, got {tuple(distances.shape)}")

@@ -127,9 +127,14 @@ def rows(maps: Tensor, index: Tensor) -> Tensor:
     return maps[torch.arange(maps.shape[0], device=maps.device)[:, None], index]
 
 
-def ordering(queries: Tensor, candidates: Tensor) -> Tensor:
-    """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient."""
+def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
+    """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient.
+
+    For those who override what chooses from it: no backend needs it for itself.
+    """
     with torch.no_grad(), policy.exact_products("ieee", queries.device):
+        if backends.choose(backend, queries.device) == "reference":
+            return reference.distances(*accumulated(queries, candidates))
         return matching.ordering(queries, candidates)
 
 
@@ -160,6 +165,13 @@ def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in the one type in which their loss is computed."""
     dtype = policy.accumulation_dtype([a.dtype, b.dtype])
     return a.to(dtype), b.to(dtype)
+
+
+def as_locations(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both views' locations in the one type in which they are compared; whole numbers stay exact."""
+    wide = policy.scalar_dtype(a.device)
+    first, second = (place if place.is_floating_point() else place.to(wide) for place in (a, b))
+    return accumulated(first, second)
 
 
 def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:
@@ -199,8 +211,7 @@ def local_terms(
     """Weighted terms of the matches by location and by feature, from checked maps and locations."""
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, maps[0].device)
-    first, second = (place if place.is_floating_point() else place.float() for place in locations)
-    locations = accumulated(first, second)
+    locations = as_locations(*locations)
     if backend == "reference":
         with policy.exact_products("ieee", maps[0].device):
             x1, x2 = accumulated(*maps)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, distributed, functional
+from . import backends, checks, distributed, functional
 from .autograd import Weight, WeightedTerms, weigh
 from .functional import Options
 from .reference import VICRegTerms
@@ -62,9 +62,9 @@ class _Loss(nn.Module):
         self._weights()
         self._options().checked()
 
-    def _weights(self) -> tuple[Weight, Weight, Weight]:
+    def _weights(self, losses_of: Tensor | None = None) -> tuple[Weight, Weight, Weight]:
         for name in ("inv_coeff", "var_coeff", "cov_coeff"):
-            checks.coefficient(name, getattr(self, name))
+            checks.coefficient(name, getattr(self, name), losses_of)
         weights = (self.inv_coeff, self.var_coeff, self.cov_coeff)
         inv, var, cov = (w.reshape(()) if isinstance(w, Tensor) else w for w in weights)
         return inv, var, cov
@@ -84,18 +84,25 @@ class _Loss(nn.Module):
 
     def _composed(self, x: Tensor, y: Tensor, invariance: Any) -> Losses:
         """The terms one by one through the published methods, for those who override them."""
+        options = self._options()
+        backends.choose(options.backend, x.device)  # refused even where nothing is left for it to do
         variance: Any = self.variance_loss
         covariance: Any = self.covariance_loss
-        options = self._options()
+        # The published methods are static: they know nothing of this loss's eps, backend and precision.
         if not self._overrides("variance_loss"):
 
             def variance(z: Tensor, gamma: float) -> Tensor:
                 return functional.one_view_terms(z, options, covariance=False)[0]
 
+        if not self._overrides("covariance_loss"):
+
+            def covariance(z: Tensor) -> Tensor:
+                return functional.one_view_terms(z, options)[1]
+
         inv = invariance(x, y)
         var = (variance(x, self.gamma) + variance(y, self.gamma)) / 2
         cov = (covariance(x) + covariance(y)) / 2
-        return _named(weigh(VICRegTerms(inv, var, cov), self._weights()))
+        return _named(weigh(VICRegTerms(inv, var, cov), self._weights(x)))
 
     @staticmethod
     def variance_loss(x: Tensor, gamma: float) -> Tensor:
@@ -143,6 +150,8 @@ class VICRegLoss(_Loss):
     ['cov-loss', 'inv-loss', 'loss', 'var-loss']
     """
 
+    _names = ("x", "y")  # of the arguments, in errors
+
     def __init__(
         self,
         inv_coeff: Weight = 25.0,
@@ -170,27 +179,25 @@ class VICRegLoss(_Loss):
         Raises:
             ValueError, TypeError: naming the argument, what it got and what it needs.
         """
+        views = dict(zip(self._names, (x, y), strict=True))
         if self._gathers():
-            x, y = self._gathered(x, y)
+            x, y = self._gathered(views)
         else:
-            checks.views({"x": x, "y": y}, ndim=2)
-        weights = self._weights()
+            checks.views(views, ndim=2)
+        weights = self._weights(x)
         if self._overrides("representation_loss", "variance_loss", "covariance_loss"):
             return self._composed(x, y, self.representation_loss)
         return _named(functional.two_view_terms(x, y, weights, self._options()))
 
-    def _gathered(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _gathered(self, views: dict[str, Any]) -> list[Tensor]:
         error: Exception | None = None
         try:
-            checks.views({"x": x, "y": y}, ndim=2, count_samples=False)
+            checks.views(views, ndim=2, count_samples=False)
         except (TypeError, ValueError) as found:
             error = found
-        counts = distributed.exchange_counts({"x": x, "y": y}, error, self.process_group)
-        checks.samples("x", sum(counts))
-        return (
-            distributed.gather_rows(x, counts, self.process_group),
-            distributed.gather_rows(y, counts, self.process_group),
-        )
+        counts = distributed.exchange_counts(views, error, self.process_group)
+        checks.samples(self._names[0], sum(counts))
+        return [distributed.gather_rows(view, counts, self.process_group) for view in views.values()]
 
     @staticmethod
     def representation_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -267,6 +274,7 @@ class VICRegLLoss(_Loss):
             backend=backend,
             precision=precision,
         )
+        self.global_vicreg_loss._names = ("x1_glob", "x2_glob")
 
     def _matching(self) -> tuple[int, str, str]:
         checks.one_of("statistics", self.statistics, checks.STATISTICS)
@@ -300,6 +308,8 @@ class VICRegLLoss(_Loss):
         alpha = checks.alpha(self.alpha)
         losses: Losses = {}
         parts = []
+        if 0.0 < alpha < 1.0:
+            checks.one_device({"x1_maps": x1_maps, "x1_glob": x1_glob})
         if alpha > 0.0:
             losses.update(self.global_loss(x1_glob, x2_glob))
             parts.append(alpha * losses["global/loss"])
@@ -310,8 +320,6 @@ class VICRegLLoss(_Loss):
 
     def global_loss(self, x1_glob: Tensor | None, x2_glob: Tensor | None) -> Losses:
         """VICReg of the global embeddings, (B, D) each: ``global/…``."""
-        if isinstance(self.global_vicreg_loss, VICRegLoss) and not self._gathers():
-            checks.views({"x1_glob": x1_glob, "x2_glob": x2_glob}, ndim=2)
         return _prefixed("global", self.global_vicreg_loss(x1_glob, x2_glob))
 
     def local_loss(
@@ -323,7 +331,6 @@ class VICRegLLoss(_Loss):
     ) -> Losses:
         """VICReg of the matched patches: ``location/…`` and ``feature/…``, means over both directions."""
         num_matches, statistics, match_order = self._matching()
-        weights = self._weights()
         maps: dict[str, Any] = {"x1_maps": x1_maps, "x2_maps": x2_maps}
         locations: dict[str, Any] = {"x1_locations": x1_locations, "x2_locations": x2_locations}
         counts: list[int] = []
@@ -335,6 +342,7 @@ class VICRegLLoss(_Loss):
             checks.samples("x1_maps", maps["x1_maps"].shape[0])
         x1, x2 = maps.values()
         l1, l2 = locations.values()
+        weights = self._weights(x1)
         if self._overrides("local_vicreg_loss", "neirest_neighbores", "variance_loss", "covariance_loss"):
             losses = self._composed_local(x1, x2, l1, l2)
         else:
@@ -373,8 +381,8 @@ class VICRegLLoss(_Loss):
     def _composed_local(self, x1: Tensor, x2: Tensor, l1: Tensor, l2: Tensor) -> Losses:
         """The local part through the published methods, for those who override them."""
         losses: Losses = {}
-        for name, (a, b) in (("location", (l1, l2)), ("feature", (x1, x2))):
-            there, back = functional.ordering(a, b), functional.ordering(b, a)
+        for name, (a, b) in (("location", functional.as_locations(l1, l2)), ("feature", (x1, x2))):
+            there, back = (functional.ordering(*maps, self.backend) for maps in ((a, b), (b, a)))
             first = self.local_vicreg_loss(*self._matched(x1, x2, there))
             second = self.local_vicreg_loss(*self._matched(x2, x1, back))
             losses |= {f"{name}/{key}": (first[key] + second[key]) / 2 for key in first}

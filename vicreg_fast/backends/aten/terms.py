@@ -107,7 +107,8 @@ def _join(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | Non
     """
     wide = precision.scalar_dtype(into.device)
     means = torch.stack([chunk[0].to(wide) + chunk[1] for chunk in chunks])  # (K, p, V, 1, D)
-    n = torch.tensor(counts, dtype=wide, device=into.device)[:, None, None, None, None]
+    n = means.new_full((len(counts), 1, 1, 1, 1), counts[0])  # without waiting for the device, as a copy would
+    n[-1] = counts[-1]
     total = sum(counts)
     # Relative to the first chunk, so that equal means stay exactly equal.
     offsets = means - means[0]
@@ -241,6 +242,8 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
         norm = _sum_of_squares(M, wide)
     else:
         diagonal.copy_(energy.div_(N - 1))
-        norm = (_sum_of_squares(M, wide) - _sum(operand_squares, wide)).clamp_min_(0)
+        # What is taken off stays finite: infinite covariances are infinite, not nowhere.
+        taken_off = _sum(operand_squares, wide).clamp_max_(torch.finfo(wide).max)
+        norm = (_sum_of_squares(M, wide) - taken_off).clamp_min_(0)
     cov = (norm * (w_cov / (V * P * D))).to(dtype)
     return [inv, var, cov, inv + var + cov], Statistics(moments, M)
