@@ -333,7 +333,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Tensor]:
         "--loss",
         choices=("fast", "eager"),
         default="fast",
-        help="the library's kernels or its plain PyTorch code",
+        help="the fast loss or the plain code that defines it",
     )
     arguments = parser.parse_args()
     image = load_sample_image(f"{arguments.photo}.jpg")

@@ -21,8 +21,9 @@ from ... import precision
 # both maps, unless these are small.
 TILE_ELEMENTS = 1 << 19
 SMALL_ELEMENTS = 1 << 16
-# Elements of both maps that are centred at once: 8 MiB of float32.  2^19 took 1.1 to 1.4 times as long.
-MAP_ELEMENTS = 1 << 21
+# Elements of both maps that are centred at once: 4 MiB of float32.  On two cores 2^19 took 0.97 to 1.04 times as long
+# over four shapes, 2^21 1.0 to 1.12 times.
+MAP_ELEMENTS = 1 << 20
 # Rows this short are locations.
 MAX_COORDINATES = 3
 
