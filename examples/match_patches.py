@@ -354,7 +354,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Tensor]:
         ),
         (0 <= arguments.alpha <= 1, "--alpha must be from 0 to 1"),
         (0 < arguments.lr < float("inf"), "--lr must be positive and finite"),
-        (arguments.seed >= 0, "--seed must be at least 0"),
+        (0 <= arguments.seed < 2**63, "--seed must be at least 0 and below 2**63"),
         (arguments.threads >= 1, "--threads must be at least 1"),
         (
             arguments.output.suffix[1:].lower() in formats,

@@ -447,6 +447,49 @@ def test_integer_locations_stay_exact(backend):
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_match_patches_takes_whole_numbers():
+    places = integer_locations(7), integer_locations(8)
+    expected = functional.match_patches(*(place.double() for place in places))
+    for found, true in zip(functional.match_patches(*places), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+def not_dense(z):
+    """The same numbers in the layouts that are no strided memory."""
+    nested = torch.nested.nested_tensor(list(z))
+    return {"sparse": z.to_sparse(), "mkldnn": z.float().to_mkldnn(), "nested": nested}
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn", "nested"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_refuses_what_is_not_dense(layout):
+    z = not_dense(randn(4, 3))[layout]
+    with pytest.raises(ValueError, match="x needs a dense tensor, got layout"):
+        VICRegLoss()(z, randn(4, 3))
+    with pytest.raises(ValueError, match="y needs a dense tensor, got layout"):
+        functional.vicreg_terms(randn(4, 3), z)
+
+
+def test_refuses_sparse_coefficient():
+    with pytest.raises(ValueError, match="inv_coeff needs a dense tensor, got layout sparse_coo"):
+        VICRegLoss(torch.ones(1).to_sparse())
+
+
+@both_losses
+@pytest.mark.parametrize("value", ["no", 1, None, torch.ones(2)], ids=["string", "number", "none", "tensor"])
+def test_refuses_gather_distributed(make, value):
+    with pytest.raises(TypeError, match="gather_distributed needs True or False, got"):
+        make(gather_distributed=value)
+
+
+@both_losses
+def test_refuses_process_group(make):
+    with pytest.raises(
+        TypeError, match=r"process_group needs a torch\.distributed process group or None, got 'abc'"
+    ):
+        make(process_group="abc")
+
+
 def test_integer_and_float_locations_mix():
     l1, l2 = integer_locations(7), integer_locations(8)
     loss = local_loss(3)
@@ -584,7 +627,10 @@ MATCH_ERRORS = {
         {"candidates": torch.empty(B, P, C, device="meta")},
         "candidates needs the device of queries, cpu, got meta",
     ),
-    "queries-int64": ({"queries": of_type(torch.int64, B, P, C)}, "queries needs dtype .*, got int64"),
+    "queries-complex": (
+        {"queries": of_type(torch.complex64, B, P, C)},
+        "queries needs dtype .*integer type, got complex64",
+    ),
     "candidates-bool": ({"candidates": of_type(torch.bool, B, P, C)}, "candidates needs dtype .*, got bool"),
     "too-many": ({"num_matches": P + 1}, r"num_matches=7 needs .*queries, got shape \(3, 6, 5\)"),
     "num_matches-zero": ({"num_matches": 0}, "num_matches needs to be at least 1, got 0"),

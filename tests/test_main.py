@@ -142,6 +142,13 @@ def test_help_of_the_module() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell's redirection")
+def test_closed_output_is_no_error() -> None:
+    command_line = f"{sys.executable} -m vicreg_fast --quick --device cpu >&-"
+    ran = subprocess.run(["sh", "-c", command_line], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell's pipe")
 def test_reader_that_stops_early_is_no_error() -> None:
     ran = subprocess.run(

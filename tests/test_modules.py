@@ -10,7 +10,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vicreg_fast
 from vicreg_fast import VICReg, VICRegLLoss, VICRegLoss, functional
@@ -788,6 +790,33 @@ def test_a_deep_copy_is_another_module(make):
 
 
 @both_losses
+def test_a_deep_copy_keeps_its_process_group(make, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        loss = make(process_group=dist.group.WORLD)
+        teacher = copy.deepcopy(nn.Sequential(loss))[0]
+        assert teacher is not loss
+        assert teacher.process_group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@both_losses
+@both_backends
+def test_gradient_through_a_checkpoint(make, backend):
+    arguments = (
+        local_arguments(grad=True)
+        if make is VICRegLLoss
+        else dict(zip("xy", two_views(grad=True), strict=True))
+    )
+    inputs = [z for z in arguments.values() if z.requires_grad]
+    loss = make(M, backend=backend) if make is VICRegLLoss else make(backend=backend)
+    saved = checkpoint(lambda: loss(**arguments)["loss"], use_reentrant=False)
+    expected = gradients(loss(**arguments)["loss"], inputs)
+    torch.testing.assert_close(gradients(saved, inputs), expected, rtol=0, atol=0)
+
+
+@both_losses
 def test_state_dict_is_empty(make):
     assert make().state_dict() == {}
 
@@ -945,6 +974,21 @@ def test_an_override_does_not_hide_a_backend_that_cannot_run(make):
     loss = in_subclass(make, "variance_loss", lambda x, gamma: x.sum())(backend="triton")
     with pytest.raises(ValueError, match="backend='triton' cannot run on cpu"):
         loss(*two_views()) if make is VICRegLoss else loss(**local_arguments())
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_vicreg_honours_a_patched_class(name, monkeypatch):
+    count = Count(getattr(VICRegLoss, name))
+    x, y = two_views()
+    expected = doubled(true_losses(x, y), OVERRIDES[name])
+    monkeypatch.setattr(VICRegLoss, name, staticmethod(count))
+    assert values(VICRegLoss()(x, y)) == pytest.approx(values(expected), rel=1e-10)
+
+
+def test_an_override_may_return_a_number():
+    x, y = two_views()
+    losses = in_subclass(VICRegLoss, "covariance_loss", lambda x: 0.5)()(x, y)
+    assert losses["cov-loss"].item() == 0.5
 
 
 def test_vicregl_gradient_through_an_override():

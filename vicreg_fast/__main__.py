@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if not arguments.quick:
             _speed(torch.device(name))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

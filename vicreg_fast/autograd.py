@@ -44,7 +44,8 @@ class _WeightedTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         plan, count = ctx.plan, ctx.plan.source_count
-        tensors, saved = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+        everything = ctx.saved_tensors  # read once: checkpointing computes them anew at each reading
+        tensors, saved = everything[: ctx.given], everything[ctx.given :]
         sources, indices = tensors[:count], tensors[count:]
         needs = ctx.needs_input_grad[1 : 1 + count]
         # What multiplies each weighted term of each group; None: nothing.
@@ -79,6 +80,8 @@ def weighted_terms(
     outside = torch.compiler.is_compiling() or any(isinstance(w, Tensor) for w in weights)
     if not outside:
         plan = plan._replace(weights=tuple(map(float, weights)))
+    if torch.compiler.is_compiling() and sources[0] is sources[-1]:
+        sources = [source.view_as(source) for source in sources]  # Dynamo refuses the same tensor twice
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         flat = _WeightedTerms.apply(plan, *sources, *indices)  # type: ignore[no-untyped-call]
     else:

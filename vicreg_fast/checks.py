@@ -40,6 +40,7 @@ def _number(name: str, value: object, need: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor | numbers.Real):
         raise TypeError(f"{name} needs {need}, got {type(value).__name__} {_show(value)}")
     if isinstance(value, Tensor):
+        dense(name, value)
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name} needs {need} with one element, got {_show(value)} of {value.dtype}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
@@ -80,6 +81,12 @@ def nonnegative(name: str, value: object) -> float:
     return number
 
 
+def flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} needs True or False, got {type(value).__name__} {_show(value)}")
+
+
 def alpha(value: object) -> float:
     """A number in [0, 1]: it decides which parts are computed, so it cannot stay on a device."""
     if isinstance(value, Tensor):
@@ -106,12 +113,20 @@ def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} needs a tensor of shape {shape}, got {type(value).__name__}")
+        dense(name, value)
         if value.ndim != ndim if ndim is not None else value.ndim < 2:
             raise ValueError(f"{name} needs shape {shape}, got {tuple(value.shape)}")
         if value.dtype not in (_FLOATING + _INTEGERS if integers else _FLOATING):
             need = "float16, bfloat16, float32, float64" + (" or an integer type" if integers else "")
             raise TypeError(f"{name} needs dtype {need}, got {str(value.dtype)[6:]}")
     one_device(named)
+
+
+def dense(name: str, value: Tensor) -> None:
+    """Neither sparse nor nested nor of another library's layout."""
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} needs a dense tensor, got layout {layout}")
 
 
 def one_device(named: Mapping[str, Any]) -> None:
@@ -152,9 +167,9 @@ def _same(name: str, value: Tensor, first: str, other: Tensor, dims: tuple[int, 
         )
 
 
-def patches(queries: tuple[str, Any], candidates: tuple[str, Any]) -> None:
+def patches(queries: tuple[str, Any], candidates: tuple[str, Any], *, integers: bool = False) -> None:
     """Two maps (B, P1, C), (B, P2, C) with at least one image, patch and channel each."""
-    tensors(dict((queries, candidates)), 3, "(B, P, C)")
+    tensors(dict((queries, candidates)), 3, "(B, P, C)", integers=integers)
     for name, value in (queries, candidates):
         if value.numel() == 0:
             raise ValueError(

@@ -28,6 +28,12 @@ def world_size(group: Any) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def check_group(group: Any) -> None:
+    """A process group, or None for all ranks."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"process_group needs a torch.distributed process group or None, got {group!r}")
+
+
 def _device(tensors: Mapping[str, Any], group: Any) -> torch.device:
     """Where this group's collectives run."""
     if dist.get_backend(group) == "nccl":

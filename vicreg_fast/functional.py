@@ -89,10 +89,11 @@ def match_patches(
 
     Matching is not mutual and candidates repeat.  Equal distances go to the lowest candidate, then to the lowest
     query; NaN is never nearer than a number.  Up to three channels are locations, compared by their differences,
-    so that exact ties are exact; longer rows are features, compared by float32 products.
+    so that exact ties are exact; longer rows are features, compared by float32 products, in which equal distances are
+    equal up to rounding.
 
     Args:
-        queries: (B, P1, C), any strides.
+        queries: (B, P1, C), any strides, floating or whole numbers.
         candidates: (B, P2, C).
         num_matches: How many queries to keep, at most P1; None: every one.
         backend: "auto", "triton", "aten" or "reference".
@@ -107,10 +108,11 @@ def match_patches(
     >>> query, candidate, distance = match_patches(here, there, 10)
     """
     checks.one_of("backend", backend, backends.BACKENDS)
-    checks.patches(("queries", queries), ("candidates", candidates))
+    checks.patches(("queries", queries), ("candidates", candidates), integers=True)
     m = queries.shape[1] if num_matches is None else checks.num_matches(num_matches, "slot")
     checks.enough_patches("queries", queries, m)
     with torch.no_grad():
+        queries, candidates = floating(queries), floating(candidates)
         backend = backends.choose(backend, queries.device)
         if backend == "reference":
             q, c = accumulated(queries, candidates)
@@ -167,11 +169,14 @@ def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def floating(z: Tensor) -> Tensor:
+    """A floating tensor as it is, whole numbers in a type that holds them exactly."""
+    return z if z.is_floating_point() else z.to(policy.scalar_dtype(z.device))
+
+
 def as_locations(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both views' locations in the one type in which they are compared; whole numbers stay exact."""
-    wide = policy.scalar_dtype(a.device)
-    first, second = (place if place.is_floating_point() else place.to(wide) for place in (a, b))
-    return accumulated(first, second)
+    """Both views' locations in the one type in which they are compared."""
+    return accumulated(floating(a), floating(b))
 
 
 def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:

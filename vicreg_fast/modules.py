@@ -4,6 +4,7 @@ Their arguments, attributes, methods and keys are those of vicreg_loss 1.0.0, in
 ``neirest_neighbores``.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -61,6 +62,16 @@ class _Loss(nn.Module):
         self.precision = precision
         self._weights()
         self._options().checked()
+        checks.flag("gather_distributed", gather_distributed)
+        distributed.check_group(process_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Loss":
+        """A copy for a teacher or a snapshot: of its own but for the process group, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def _weights(self, losses_of: Tensor | None = None) -> tuple[Weight, Weight, Weight]:
         for name in ("inv_coeff", "var_coeff", "cov_coeff"):
@@ -76,11 +87,9 @@ class _Loss(nn.Module):
         return self.gather_distributed and distributed.world_size(self.process_group) > 1
 
     def _overrides(self, *names: str) -> bool:
-        """Whether a subclass or the instance replaces one of the published methods: then it is called."""
-        published = VICRegLoss if isinstance(self, VICRegLoss) else VICRegLLoss
-        return any(
-            name in self.__dict__ or getattr(type(self), name) is not getattr(published, name) for name in names
-        )
+        """Whether a subclass, the instance or a patch replaces one of the published methods: then it is called."""
+        published = _PUBLISHED[VICRegLoss if isinstance(self, VICRegLoss) else VICRegLLoss]
+        return any(name in self.__dict__ or getattr(type(self), name) is not published[name] for name in names)
 
     def _composed(self, x: Tensor, y: Tensor, invariance: Any) -> Losses:
         """The terms one by one through the published methods, for those who override them."""
@@ -102,7 +111,10 @@ class _Loss(nn.Module):
         inv = invariance(x, y)
         var = (variance(x, self.gamma) + variance(y, self.gamma)) / 2
         cov = (covariance(x) + covariance(y)) / 2
-        return _named(weigh(VICRegTerms(inv, var, cov), self._weights(x)))
+        terms = (
+            torch.as_tensor(term, device=x.device) for term in (inv, var, cov)
+        )  # overrides may return numbers
+        return _named(weigh(VICRegTerms(*terms), self._weights(x)))
 
     @staticmethod
     def variance_loss(x: Tensor, gamma: float) -> Tensor:
@@ -426,3 +438,10 @@ class VICRegLLoss(_Loss):
         checks.distance_matrix(distances, input_maps, candidate_maps)
         query, candidate = functional.select_matches(distances, num_matches)
         return functional.rows(input_maps, query), functional.rows(candidate_maps, candidate)
+
+
+# As they are at import, so that a patched class shows.
+_PUBLISHED = {
+    loss: {name: getattr(loss, name) for name in dir(loss) if not name.startswith("_")}
+    for loss in (VICRegLoss, VICRegLLoss)
+}

@@ -1,7 +1,7 @@
 """Gradients of the three terms over V views that share (P, N, D), in the notation of terms.py.
 
-    dcov/dc  = 4 / (D (N-1)) * (o M             primal
-                                M o - o*vhat)   dual
+    dcov/dc  = 4 / (D (N-1)) * (o M / (s (N-1))             primal
+                                M o / (s (N-1)) - o*vhat)   dual
     dvar/dc  = -[sqrt(v+eps) < gamma] * c / (D (N-1) sqrt(v+eps))
     dinv/dx  = 2 (x - y) / (N D) = -dinv/dy
 
@@ -18,7 +18,7 @@ from ... import precision
 from ...multiview import Plan
 from ...rows import FEW_SAMPLES, Block, Rows, uses_dual
 from .blocks import blocks
-from .terms import Statistics, recomputed_moments
+from .terms import Statistics, gram_scale, recomputed_moments
 
 
 class _Sum:
@@ -87,7 +87,10 @@ def gradient(
         factor = inv_up * (2 * w_inv / (len(pairs) * P * N * D))
         factors = factor, -factor
     slope = None if var_up is None else var_up * (-w_var / (V * P * D * (N - 1)))
-    scale = None if cov_up is None or not plan.covariance else cov_up * (4 * w_cov / (V * P * D * (N - 1)))
+    # Of the product with M.
+    scale = None
+    if cov_up is not None and plan.covariance:
+        scale = cov_up * (4 * w_cov / (V * P * D * (N - 1) ** 2 * gram_scale(N)))
     # Either factor of the product may bear its scale.  A scaled copy of a small M costs nothing; one of a large M would
     # be the largest tensor of the backward pass, and fresh memory costs more than a pass over a block in the cache.
     scales_M = scale is not None and 4 * statistics.M[0, 0].numel() <= N * D
@@ -105,7 +108,9 @@ def gradient(
             std = (deviation.square() + plan.eps).sqrt() if plan.eps else deviation
             factor = torch.where((std < plan.gamma) & (std > 0), slope / std, 0.0)
         if scale is not None and dual:
-            operand_factor = (operand_v[0] if operand_v else deviation.square()) * -scale
+            operand_factor = (operand_v[0] if operand_v else deviation.square()) * (
+                scale * (-gram_scale(N) * (N - 1))
+            )
             if not rounds:  # o is c: one factor
                 factor = operand_factor if factor is None else operand_factor.add_(factor)
                 operand_factor = None

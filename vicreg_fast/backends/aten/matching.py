@@ -61,7 +61,8 @@ def _centred(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     z = z - shift
     norm = torch.linalg.vecdot(z, z)
     finite = norm.isfinite()
-    if z.device.type != "cpu" or not finite.all():  # on a CPU looking costs nothing, and the fill a pass
+    # On a CPU looking costs nothing, and the fill a pass.
+    if z.device.type != "cpu" or torch.compiler.is_compiling() or not finite.all():
         z.masked_fill_(~finite[..., None], 0.0)
     return z, norm
 

@@ -1,11 +1,12 @@
 """Values of the three terms over V views that share (P, N, D).
 
-    M        = o'o / (N-1)   primal, (D, D), its diagonal set to zero
-             = o o' / (N-1)  dual,   (N, N)
-    cov      = (sum(M^2) - [dual] sum_d vhat_d^2) / D
+    M        = s o'o   primal, (D, D), its diagonal set to zero
+             = s o o'  dual,   (N, N)
+    cov      = (sum(M^2) / (s (N-1))^2 - [dual] sum_d vhat_d^2) / D
 
 c is the centred view, o the operand that the product really uses (c itself unless a faster product rounds it),
 vhat = sum_n o^2 / (N-1).  Each term is the mean over problems, then over pairs or views, times its weight.
+s is a power of two near 1 / (N-1): a product applies its factor to one operand first, and any other would round it.
 
 The dual subtracts two sums that are nearly equal when features are decorrelated, and then its M is nearly diagonal.
 A product adds in sequence and loses many weak features after a few strong ones, so the diagonal is summed apart,
@@ -16,6 +17,7 @@ subtracting it.  A constant column then centres to exactly zero, and a mean of 1
 digits.  Long columns are cut: each chunk is centred by itself, and chunks are joined by Chan's formula in float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +32,11 @@ from .blocks import blocks
 # Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache, and takes less
 # memory than the matrix.
 _NORM_CHUNKS = 1 << 15, 1 << 17
+
+
+def gram_scale(N: int) -> float:
+    """s of the formula: the power of two at or below 1 / (N-1)."""
+    return 2.0 ** -math.ceil(math.log2(N - 1))
 
 
 class Statistics(NamedTuple):
@@ -119,7 +126,7 @@ def _join(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | Non
     into[1].copy_(center - into[0])
     if m is not None:
         b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)  # (p * V, K, D)
-        _add_gram(m, b, dual=False, scale=1 / (total - 1))
+        _add_gram(m, b, dual=False, scale=gram_scale(total))
     within = torch.stack([chunk[2] for chunk in chunks]).to(wide).sum(0)
     return (within + between.square().sum(0) / (total - 1)).to(into.dtype)
 
@@ -137,7 +144,7 @@ def _reduce(
     z -= torch.mean(z, 2, keepdim=True, out=lo)
     o = precision.round_operand(z, product)
     if m is not None:
-        _add_gram(m, o.flatten(0, 1), dual, 1 / (N - 1))
+        _add_gram(m, o.flatten(0, 1), dual, gram_scale(N))
     # A few samples may be so near to each other that float32 has no squares for their distances: scales of 1e-18.
     squares = z.to(precision.scalar_dtype(z.device)).square_() if N < FEW_SAMPLES else z.mul_(z)
     operand_v = v = squares.sum(2, keepdim=True).div_(N - 1)
@@ -149,13 +156,6 @@ def _reduce(
     return v, operand_v
 
 
-def _complete(into: Tensor, std: Tensor, operand_v: Tensor) -> None:
-    """Store what is kept of columns besides their centre: the root of v, which reaches farther down than v does."""
-    into[2].copy_(std)
-    if into.shape[0] > 3:
-        into[3].copy_(operand_v)
-
-
 def recomputed_moments(views: Sequence[Rows], block: Block, dtype: torch.dtype, product: str) -> Tensor:
     """The moments of a block of the dual side, where the forward pass kept none."""
     P, N, D = views[0].shape
@@ -163,7 +163,9 @@ def recomputed_moments(views: Sequence[Rows], block: Block, dtype: torch.dtype, 
     p, V, _, d = z.shape
     into = z.new_empty(4 if keeps_operand_variance(P, N, D, z.device, product) else 3, p, V, 1, d)
     v, operand_v = _reduce(z, N, into, None, None, product, dual=True)
-    _complete(into, v.sqrt(), operand_v)
+    torch.sqrt(v, out=into[2])
+    if into.shape[0] > 3:
+        into[3].copy_(operand_v)
     return into
 
 
@@ -202,12 +204,13 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
 
     def finish(v: Tensor, operand_v: Tensor, into: Tensor | None) -> None:
         """Add up what needs the variances of whole columns, while they are in the cache."""
-        std = v.sqrt()
+        # What is kept is the root of v, which reaches farther down than v does.
+        std = torch.sqrt(v, out=None if into is None else into[2])
         hinges.append((plan.gamma - ((v + plan.eps).sqrt() if plan.eps else std)).relu_().sum())
         if energy is not None:
             operand_squares.append(_sum_of_squares(operand_v, wide))
-        if into is not None:
-            _complete(into, std, operand_v)
+        if into is not None and rows > 3:
+            into[3].copy_(operand_v)
 
     # Rows that are stacked, and where they are gathered first, once more; else the difference of a pair.  Where samples
     # are few, their squares in float64 and the columns' statistics are as large as the rows.
@@ -236,14 +239,15 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
     if M is None:
         return [inv, var, torch.zeros_like(var), inv + var], Statistics(moments, var.new_empty(0))
     _mirror(M)
+    correction = (gram_scale(N) * (N - 1)) ** 2
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     if energy is None:
         diagonal.zero_()
         norm = _sum_of_squares(M, wide)
     else:
-        diagonal.copy_(energy.div_(N - 1))
+        diagonal.copy_(energy.mul_(gram_scale(N)))
         # What is taken off stays finite: infinite covariances are infinite, not nowhere.
         taken_off = _sum(operand_squares, wide).clamp_max_(torch.finfo(wide).max)
-        norm = (_sum_of_squares(M, wide) - taken_off).clamp_min_(0)
-    cov = (norm * (w_cov / (V * P * D))).to(dtype)
+        norm = torch.sub(_sum_of_squares(M, wide), taken_off, alpha=correction).clamp_min_(0)
+    cov = (norm * (w_cov / (correction * V * P * D))).to(dtype)
     return [inv, var, cov, inv + var + cov], Statistics(moments, M)
