@@ -1,15 +1,47 @@
-"""Embeddings that break careless implementations, and the rule by which errors are judged.
+"""Embeddings that break careless implementations, shapes of both sides, and the rule by which errors are judged.
 
 The rule: against the float64 truth, a fast path may err twice as much as eager code in the same type, plus a floor
-for the cases in which eager code is right by luck.
+for the cases in which eager code is right by luck.  In float64 itself, it may err by EXACT.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from vicreg_fast import functional, reference
+from vicreg_fast.rows import uses_dual
+
 U = 2.0**-24  # unit roundoff of float32
+
+# Hundreds of roundings of 2^-53, which the dual side amplifies five times at most: below 1e-12.  The nearest mistake,
+# N in place of N - 1 at N = 1000, is 1e-3.
+EXACT = 1e-10
+
+
+def assert_exact(found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """Each tensor errs by less than EXACT of the norm of its truth, however small; a truth of zero is met exactly."""
+    for number, (f, t) in enumerate(zip(found, truth, strict=True)):
+        assert f.dtype == t.dtype == torch.float64
+        f, t = f.detach(), t.detach()
+        error, norm = float((f - t).norm()), float(t.norm())
+        assert error <= EXACT * norm, (
+            f"number {number} of {len(truth)} is {error:.1e} off at a norm of {norm:.1e}"
+        )
+
+
+def both_sides(dual: Sequence[tuple[int, ...]], primal: Sequence[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Parametrise ``shape``, (N, D) or (P, N, D), with ids that name the side; a shape of the other side is refused."""
+    parameters = []
+    for side, shapes in (("dual", dual), ("primal", primal)):
+        for shape in shapes:
+            *P, N, D = shape
+            assert uses_dual(P[0] if P else 1, N, D) == (side == "dual"), f"{shape} is not {side}"
+            parameters.append(pytest.param(shape, id=f"{side}-{'x'.join(map(str, shape))}"))
+    return pytest.mark.parametrize("shape", parameters)
 
 
 def normal(N: int, D: int) -> Tensor:
@@ -22,17 +54,20 @@ def far_mean(N: int, D: int) -> Tensor:
 
 
 def decorrelated(N: int, D: int) -> Tensor:
-    """Features of unit variance, as uncorrelated as N samples allow: orthonormal columns, or else rows (QR)."""
+    """Features of variance 1.44, as uncorrelated as N samples allow: orthonormal columns, or else rows (QR).
+
+    Not of variance 1: there, at gamma, one rounding decides whether a feature has a gradient.
+    """
     z = normal(N, D)
     q = torch.linalg.qr(z - z.mean(0))[0] if N > D else torch.linalg.qr(z.T)[0].T * (D / N) ** 0.5
-    return q * (N - 1) ** 0.5
+    return 1.2 * q * (N - 1) ** 0.5
 
 
 def strong_and_weak(N: int, D: int) -> Tensor:
-    """A few strong, orthonormal features before many weak ones."""
+    """A few strong, orthogonal features, of variance 1.44 or just below, before many weak ones."""
     q = torch.linalg.qr(normal(N, D) - 0.1)[0]
     out = normal(N, D) * 1e-3
-    out[:, : q.shape[1]] = q * (N - 1) ** 0.5
+    out[:, : q.shape[1]] = 1.2 * q * (N - 1) ** 0.5
     return out
 
 
@@ -63,6 +98,21 @@ def first_row_outlier(N: int, D: int) -> Tensor:
     return z
 
 
+def strong_column(N: int, D: int) -> Tensor:
+    """One feature a hundred times as strong as the others."""
+    z = normal(N, D)
+    z[:, 0] *= 100
+    return z
+
+
+def spike(N: int, D: int) -> Tensor:
+    """One feature that is zero but for one sample: equal terms, whose roundings all go the same way."""
+    z = normal(N, D)
+    z[:, 0] = 0
+    z[N // 2, 0] = 100
+    return z
+
+
 def tiny(N: int, D: int) -> Tensor:
     return normal(N, D) * 1e-18
 
@@ -80,6 +130,85 @@ HARD: tuple[Callable[[int, int], Tensor], ...] = (
     equal_rows,
     outlier,
     first_row_outlier,
+    strong_column,
+    spike,
     tiny,
     huge,
 )
+
+
+# -- values and gradients of two views --------------------------------------------------------------------------
+
+TERMS = ("inv", "var", "cov")
+
+Evaluated = tuple[Tensor, list[list[Tensor]]]
+
+
+def evaluate(
+    function: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor, eps: float, create_graph: bool = False
+) -> Evaluated:
+    """Values (3,), and per term the gradients of x and y, in float64."""
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()  # in the layout that they have
+    values = function(x, y, gamma=1.0, eps=eps)
+    gradients = []
+    for value in values:
+        found = torch.autograd.grad(
+            value, (x, y), retain_graph=True, allow_unused=True, create_graph=create_graph
+        )
+        gradients.append([torch.zeros_like(x) if g is None else g.detach() for g in found])
+    return torch.stack(values).detach().double(), [[g.double() for g in pair] for pair in gradients]
+
+
+def flat(evaluated: Evaluated) -> list[Tensor]:
+    """The three values one by one, then the six gradients."""
+    values, gradients = evaluated
+    return [*values.unbind(), *itertools.chain(*gradients)]
+
+
+def assert_as_good_as_eager(x: Tensor, y: Tensor, eps: float, create_graph: bool = False) -> None:
+    """error(fast) <= 2 * error(eager) + floor, against float64, each term by itself.
+
+    Both compute in float32; the fast path reads x and y in the types that they have and rounds gradients to those.
+    """
+    N, D = x.shape[-2:]
+    truth, truth_grads = evaluate(reference.vicreg_terms, x.double(), y.double(), eps)
+    eager, eager_grads = evaluate(reference.vicreg_terms, x.float(), y.float(), eps)
+    fast, fast_grads = evaluate(functional.vicreg_terms, x, y, eps, create_graph)
+
+    c = [z.double() - z.double().mean(0) for z in (x, y)]
+    v = [a.square().sum(0) / (N - 1) for a in c]
+    C = [a.T @ a / (N - 1) for a in c]
+    norm = sum(float(m.square().sum()) for m in C) / 2 / D
+    diagonal = sum(float(w.square().sum()) for w in v) / 2 / D
+    # Floors, where eager is right by luck: a few roundings of the result, and of what it is a difference of:
+    # gamma for the hinge; for the dual side, which subtracts, 4 u ||C||^2 / D.  A primal C0 that is nothing but
+    # rounding (decorrelated features) is noise of u times its diagonal in every entry.
+    floors = {
+        "inv": 8 * U * float(truth[0]),
+        "var": 8 * U,
+        "cov": 8 * U * float(truth[2]) + (4 * U * norm if uses_dual(1, N, D) else 8 * U**2 * N * D * diagonal),
+    }
+    for k, name in enumerate(TERMS):
+        if truth[k] > torch.finfo(torch.float32).max:
+            assert fast[k] == math.inf
+            continue
+        allowed = 2 * abs(eager[k] - truth[k]) if eager[k].isfinite() else 0.0
+        # A value that underflows is rounded to a multiple of float32's smallest number.
+        assert abs(fast[k] - truth[k]) <= allowed + floors[name] + 2.0**-149, name
+        both = zip("xy", (x, y), fast_grads[k], eager_grads[k], truth_grads[k], c, v, strict=True)
+        for side, z, g, e, t, a, w in both:
+            if not bool((t.abs() < torch.finfo(z.dtype).max).all()):
+                continue
+            floor = 8 * U * t.norm()
+            if z.dtype != torch.float32:
+                # Rounded once more, to the input's type: by half a unit in the last place of each element, or by half
+                # of the smallest number there is.
+                finfo = torch.finfo(z.dtype)
+                floor = floor + finfo.eps / 2 * t.norm() + finfo.tiny * finfo.eps / 2 * t.numel() ** 0.5
+            if name == "cov":
+                # The dual's gradient is the difference of G c and c v, the primal's rounding noise is of that size.
+                floor = floor + 8 * U * (4 / (D * (N - 1))) * (a * w).norm()
+            allowed = 2 * (e - t).norm() if e.isfinite().all() else 0.0
+            # Gradients that underflow lose what lies below the smallest normal number, in every element.
+            underflow = torch.finfo(torch.float32).tiny * g.numel() ** 0.5
+            assert (g - t).norm() <= allowed + floor + underflow, f"d{name}/d{side}"

@@ -25,6 +25,8 @@ import torch
 from vicreg_fast import VICRegLLoss, functional, operators
 from vicreg_fast.backends.aten import matching
 
+from .data import EXACT
+
 BACKENDS = ("aten", "reference")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -347,12 +349,13 @@ def test_distances_are_sorted(case, backend):
 
 @both_backends
 @pytest.mark.parametrize("m", [1, 2, 10, 49])
-@pytest.mark.parametrize("case", ["49x2", "49x32", "450-images", "7x7"])
+@pytest.mark.parametrize("case", ["49x2", "49x32", "450-images"])
 def test_fewer_matches_are_the_first_of_all(case, m, backend):
-    queries, candidates = GRIDS["7x7-moved-by-half"] if case == "7x7" else truth(case)[:2]
-    every = functional.match_patches(queries, candidates, backend=backend)
-    some = functional.match_patches(queries, candidates, m, backend=backend)
-    assert [t.tolist() for t in some] == [t[:, :m].tolist() for t in every]
+    queries, candidates, distances, E = truth(case)
+    found = functional.match_patches(queries, candidates, m, backend=backend)
+    best = distances.amin(-1).sort(dim=1).values[:, : found.query_index.shape[1]]
+    assert found.query_index.shape[1] == m
+    assert ((distances.amin(-1).gather(1, found.query_index) - best).abs() <= 2 * E.amax((1, 2))[:, None]).all()
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -460,7 +463,8 @@ def test_distance_shows_what_is_not_finite(changes, size, backend):
     queries, candidates = spoilt(changes, size)
     query, candidate, distance = functional.match_patches(queries, candidates, backend=backend)
     expected = matched(naive_distances(queries, candidates), query, candidate).sqrt()
-    assert torch.allclose(distance.double(), expected, rtol=1e-5, atol=0.0, equal_nan=True)
+    # The squares of small integers add up exactly: one unit in the last place of the root.
+    assert torch.allclose(distance.double(), expected, rtol=2.0**-23, atol=0.0, equal_nan=True)
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------
@@ -490,19 +494,15 @@ def test_layout_does_not_matter(layout, side, C, backend):
     queries = _layouts(C, 5)[layout] if side != "candidates" else randn(B, P, C, seed=5)
     candidates = _layouts(C, 6)[layout] if side != "queries" else randn(B, P, C, seed=6)
     found = functional.match_patches(queries, candidates, backend=backend)
-    expected = functional.match_patches(queries.contiguous(), candidates.contiguous(), backend=backend)
-    assert [t.tolist() for t in found] == [t.tolist() for t in expected]
-
-
-@both_backends
-@pytest.mark.parametrize("layout", _layouts(1, 0))
-def test_layout_matches_the_naive_loop(layout, backend):
-    queries, candidates = _layouts(64, 5)[layout], randn(B, P, 64, seed=6)
-    found = functional.match_patches(queries, candidates, backend=backend)
     query, candidate = naive_matches(naive_distances(queries, candidates), None)
-    if layout == "one-patch-expanded":  # twelve equal queries: their products may differ by a rounding
-        query = found.query_index
-        candidate = candidate[:, :1].expand_as(query)
+    if (
+        layout == "one-patch-expanded" and C == 64
+    ):  # twelve equal patches: their products may differ by a rounding
+        if side != "candidates":
+            query = found.query_index
+            candidate = candidate[:, :1].expand_as(query)
+        if side != "queries":
+            candidate = found.candidate_index
     assert found.query_index.tolist() == query.tolist()
     assert found.candidate_index.tolist() == candidate.tolist()
 
@@ -511,12 +511,13 @@ def test_layout_matches_the_naive_loop(layout, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("m", [1, 7, None])
-def test_shapes_and_types(m, backend):
-    found = functional.match_patches(randn(B, P, 5), randn(B, 8, 5, seed=1), m, backend=backend)
-    shape = (B, P if m is None else m)
-    assert [tuple(t.shape) for t in found] == [shape] * 3
-    assert [t.dtype for t in found] == [torch.int64, torch.int64, torch.float32]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_numbers_are_int64_and_distances_float32_at_least(dtype, backend):
+    found = functional.match_patches(
+        randn(B, P, 5).to(dtype), randn(B, 8, 5, seed=1).to(dtype), backend=backend
+    )
+    distance = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [t.dtype for t in found] == [torch.int64, torch.int64, distance]
 
 
 @both_backends
@@ -605,7 +606,8 @@ def test_local_loss_is_that_of_the_naive_matches(places, statistics, order, back
     for part, distances in (("location", naive_distances(l1, l2)), ("feature", naive_distances(x1, x2))):
         expected = weights * naive_local(x1, x2, distances, m, statistics, order)
         got = torch.stack([losses[f"{part}/{name}-loss"] for name in ("inv", "var", "cov")])
-        assert torch.allclose(got, expected, rtol=1e-10, atol=0.0), part
+        # Of small sums in float64, hundreds of roundings below.
+        assert torch.allclose(got, expected, rtol=EXACT, atol=0.0), part
 
 
 @pytest.mark.parametrize("m", [1, 4, 9])

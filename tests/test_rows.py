@@ -1,24 +1,39 @@
 """Rows that problems are made of: what is read, where gradients go, in any layout and in any blocks."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import Tensor
 
 from vicreg_fast import VICRegLLoss
 from vicreg_fast.backends.aten import blocks
-from vicreg_fast.rows import WHOLE, Block, Rows
+from vicreg_fast.rows import WHOLE, Block, Rows, keeps_moments, uses_dual
 
-IMAGES, PATCHES, CHANNELS, MATCHES = 6, 9, 600, 4
+from .data import assert_exact
+
+IMAGES, PATCHES, MATCHES = 6, 15, 14
+# (P, N) of the matched rows; of 600 channels per slot the forward pass keeps nothing but M.
+PROBLEMS = {"image": (IMAGES, MATCHES), "slot": (MATCHES, IMAGES)}
+CHANNELS = {"dual": 600, "primal": 4}
+
+
+def test_shapes_are_of_both_sides() -> None:
+    for P, N in PROBLEMS.values():
+        for side, D in CHANNELS.items():
+            assert uses_dual(P, N, D) == (side == "dual")
+    kept = {statistics: keeps_moments(*PN, CHANNELS["dual"]) for statistics, PN in PROBLEMS.items()}
+    assert kept == {"image": True, "slot": False}
 
 
 def test_what_is_read_is_added_back() -> None:
-    source = torch.randn(4, 6, 5)
+    source = torch.randint(-9, 10, (4, 6, 5)).float()  # sums of integers are exact
     patch = torch.tensor([[0, 3, 3], [5, 1, 0], [2, 2, 2], [4, 0, 1]])
     for rows in (Rows(source, patch), Rows(source, patch.t(), across=True)):
         total = torch.zeros_like(source)
         rows.add(total, WHOLE, rows.read(WHOLE))
         times = torch.zeros(4, 6).scatter_add_(1, patch, torch.ones(4, 3))
-        torch.testing.assert_close(total, source * times[..., None], rtol=1e-6, atol=1e-6)
+        assert torch.equal(total, source * times[..., None])
 
 
 def channels_first(z: Tensor) -> Tensor:
@@ -54,20 +69,56 @@ def test_blocks_read_their_part(layout: str, across: bool) -> None:
     assert torch.equal(rows.read(block), whole[block])
 
 
+@pytest.mark.parametrize(
+    ("V", "P", "N", "D"), [(2, 1, 5, 3), (4, 300, 10, 512), (2, 3, 4000, 900), (1, 2, 9, 70000)]
+)
+def test_blocks_cover_every_element_once(V: int, P: int, N: int, D: int) -> None:
+    groups = list(blocks.blocks(P, N, D, V, 0))
+    seen = torch.zeros(P, N, D, dtype=torch.int8)
+    for group, parts in groups:
+        for part in parts:
+            assert part.problems == group
+            assert (part is WHOLE) == (len(groups) == len(parts) == 1)
+            seen[part.problems, part.rows, part.features] += 1
+    assert (seen == 1).all()
+
+
+@lru_cache
+def inputs(channels: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Two maps and their patches' locations."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"generator": generator, "dtype": torch.float64}
+    maps = [torch.randn(IMAGES, PATCHES, channels, **shape) for _ in range(2)]
+    return maps, [torch.rand(IMAGES, PATCHES, 2, **shape) for _ in range(2)]
+
+
+def evaluate(loss: VICRegLLoss, maps: list[Tensor], locations: list[Tensor]) -> list[Tensor]:
+    """The local loss and its gradients of both maps."""
+    leaves = [z.detach().requires_grad_() for z in maps]  # in the layout that they have
+    value = loss(*leaves, None, None, *locations)["loss"]
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@lru_cache
+def truth(channels: int, statistics: str) -> list[Tensor]:
+    loss = VICRegLLoss(MATCHES, alpha=0.0, statistics=statistics, backend="reference")
+    return evaluate(loss, *inputs(channels))
+
+
 @pytest.mark.parametrize("small", [False, True], ids=["one block", "several"])
-@pytest.mark.parametrize("statistics", ["image", "slot"])
+@pytest.mark.parametrize("side", CHANNELS)
+@pytest.mark.parametrize("statistics", PROBLEMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_local_loss(layout: str, statistics: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_loss(
+    layout: str, statistics: str, side: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels = CHANNELS[side]
     if small:
-        monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1 << 12)
-        assert any(len(parts) > 1 for _, parts in blocks.blocks(IMAGES, MATCHES, CHANNELS, 9, 0))
-    maps = [torch.randn(IMAGES, PATCHES, CHANNELS, dtype=torch.float64) for _ in range(2)]
-    places = [torch.rand(IMAGES, PATCHES, 2, dtype=torch.float64) for _ in range(2)]
-    results = []
-    for backend, arrange in (("reference", torch.clone), ("aten", LAYOUTS[layout])):
-        loss = VICRegLLoss(MATCHES, alpha=0.0, statistics=statistics, backend=backend)
-        inputs = [arrange(z).detach().requires_grad_() for z in maps]
-        value = loss(*inputs, None, None, *places)["loss"]
-        results.append([value.detach(), *torch.autograd.grad(value, inputs)])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 64)
+        monkeypatch.setattr(blocks, "MIN_INNER", 256 if side == "dual" else 4)
+        parts = [parts for _, parts in blocks.blocks(*PROBLEMS[statistics], channels, 8, 0)]
+        assert all(len(part) > 1 for part in parts)
+    maps, locations = inputs(channels)
+    loss = VICRegLLoss(MATCHES, alpha=0.0, statistics=statistics, backend="aten")
+    found = evaluate(loss, [LAYOUTS[layout](z) for z in maps], locations)
+    assert_exact(found, truth(channels, statistics))

@@ -77,8 +77,14 @@ def exact_products(product: str, device: torch.device) -> AbstractContextManager
 def _cublas(setting: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
+    if before == setting:
+        yield
+        return
     matmul.fp32_precision = setting
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        # "none" inherits torch's global setting: writing down what was inherited would stop it from being followed.
+        matmul.fp32_precision = "none"
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before

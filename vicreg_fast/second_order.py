@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import precision
 from .multiview import Plan, problems
-from .rows import WHOLE, uses_dual
+from .rows import FEW_SAMPLES, WHOLE, uses_dual
 
 
 def _statistics_gradient(
@@ -24,15 +24,17 @@ def _statistics_gradient(
     P, N, D = z.shape
     c = z - z.mean(dim=1, keepdim=True)
     c = c - c.mean(dim=1, keepdim=True)  # or a constant column would have a variance
-    v = c.square().sum(dim=1, keepdim=True) / (N - 1)
+    # A few samples may be so near to each other that float32 has no squares for their distances.
+    wide = c.to(precision.scalar_dtype(c.device)) if N < FEW_SAMPLES else c
+    v = wide.square().sum(dim=1, keepdim=True) / (N - 1)
     parts = []
     if var_scale is not None:
         active = ((v + plan.eps).sqrt() < plan.gamma) & (v + plan.eps > 0)
-        std = torch.where(active, v + plan.eps, 1).sqrt()
+        std = torch.where(active, v + plan.eps, 1).sqrt().to(c.dtype)
         parts.append(torch.where(active, c / std, 0) * (-var_scale / (N - 1)))
     if cov_scale is not None and plan.covariance:
         if uses_dual(P, N, D):
-            product = (c @ c.mT) @ c / (N - 1) - c * v
+            product = (c @ c.mT) @ c / (N - 1) - c * v.to(c.dtype)
         else:
             C = c.mT @ c / (N - 1)
             product = c @ (C - torch.diag_embed(C.diagonal(dim1=-2, dim2=-1)))

@@ -32,6 +32,8 @@ def spare_elements(
     The moments that are kept for the backward pass and the rows' numbers count against it.
     """
     spare = 2 * sum(source.numel() for source in sources) - 2 * sum(index.numel() for index in indices)
+    if spare <= SMALL_ELEMENTS:
+        return spare  # not asked for more precisely
     for group in groups:
         P, N, D = group[0][1].shape
         spare -= 3 * len(group) * P * D if keeps_moments(P, N, D) else 0

@@ -10,7 +10,7 @@ s is a power of two near 1 / (N-1): a product applies its factor to one operand 
 
 The dual subtracts two sums that are nearly equal when features are decorrelated, and then its M is nearly diagonal.
 A product adds in sequence and loses many weak features after a few strong ones, so the diagonal is summed apart,
-pairwise (error at 40x1500 with 40 strong features: 90 u of ||M||^2 without, see tests/data.py).
+pairwise (error at 40x1500 with 40 strong features: 30 u of ||M||^2 without, see tests/data.py).
 
 The centre of a column is kept as two numbers, hi + lo: hi is the rounded mean, lo the mean of what is left after
 subtracting it.  A constant column then centres to exactly zero, and a mean of 1000 standard deviations costs no
@@ -29,8 +29,9 @@ from ...multiview import Plan
 from ...rows import FEW_SAMPLES, Block, Rows, keeps_moments, keeps_operand_variance, uses_dual
 from .blocks import blocks
 
-# Chunk of a flattened matrix whose squares are summed at once: the float64 copy stays in the cache, and takes less
-# memory than the matrix.
+# Elements whose squares are summed at once, of a block and of a flattened matrix: the float64 copy stays in the cache,
+# and takes less memory than the matrix.
+_SLICE = 1 << 17
 _NORM_CHUNKS = 1 << 15, 1 << 17
 
 
@@ -63,6 +64,25 @@ def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Sum of the parts, in ``dtype`` where there is something to add."""
     return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
+
+
+def _squares(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of z^2 over the rows and over the columns of z (p, V, n, d), in float64: (p, V, 1, d) and (p, V, n, 1).
+
+    The dual subtracts them, and where one feature outweighs the others every rounding shows: in float32 a spike at
+    256x512 costs 15 u of ||M||^2 / D.  In slices, because the copy of a block would be fresh memory.
+    """
+    wide = precision.scalar_dtype(z.device)
+    step = max(1, _SLICE // z[..., 0].numel())
+    columns, rows = [], []
+    for part in [z] if step >= z.shape[3] else torch.split(z, step, 3):
+        squares = part.to(wide, copy=True)
+        squares.mul_(squares)
+        columns.append(squares.sum(2, keepdim=True))
+        rows.append(squares.sum(3, keepdim=True))
+    if len(rows) == 1:
+        return columns[0], rows[0]
+    return torch.cat(columns, 3), torch.stack(rows).sum(0)
 
 
 def _strip(side: int) -> int:
@@ -99,8 +119,9 @@ def _mirror(M: Tensor) -> None:
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
     flat = M.reshape(-1)
     least, most = _NORM_CHUNKS
+    size = max(least, min(most, flat.numel() // 4))
     squares = []
-    for part in torch.split(flat, max(least, min(most, flat.numel() // 4))):
+    for part in [flat] if flat.numel() <= size else torch.split(flat, size):
         wide = part.to(dtype)
         squares.append(torch.dot(wide, wide))
     return _sum(squares, dtype)
@@ -136,23 +157,32 @@ def _reduce(
 ) -> tuple[Tensor, Tensor]:
     """Centre one block z (p, V, n, d) of problems with N samples in place, twice, and add its product to m.
 
-    Returns v and vhat, (p, V, 1, d) each, and stores hi and lo in ``into`` (3, p, V, 1, d).  ``energy`` (p, V, n), on
-    the dual side, gets the squares of each sample's operand.  z ends as its squares: they need no buffer of their own.
+    Returns v and vhat, (p, V, 1, d) each, and stores hi and lo in ``into`` (3, p, V, 1, d).  ``energy`` (p, V, n, 1), on
+    the dual side, gets the squares of each sample's operand.
     """
     hi, lo = (None, None) if into is None else (into[0], into[1])
     z -= torch.mean(z, 2, keepdim=True, out=hi)
     z -= torch.mean(z, 2, keepdim=True, out=lo)
     o = precision.round_operand(z, product)
-    if m is not None:
-        _add_gram(m, o.flatten(0, 1), dual, gram_scale(N))
+    wide = precision.scalar_dtype(z.device)
     # A few samples may be so near to each other that float32 has no squares for their distances: scales of 1e-18.
-    squares = z.to(precision.scalar_dtype(z.device)).square_() if N < FEW_SAMPLES else z.mul_(z)
-    operand_v = v = squares.sum(2, keepdim=True).div_(N - 1)
+    few = N < FEW_SAMPLES
+    if m is not None and dual and few:
+        w = o.flatten(0, 1).to(wide)
+        m.add_(torch.bmm(w, w.mT), alpha=gram_scale(N))
+    elif m is not None:
+        _add_gram(m, o.flatten(0, 1), dual, gram_scale(N))
+    if not dual:
+        squares = z.to(wide).square_() if few else z.mul_(z)  # in place: they need no buffer of their own
+        v = squares.sum(2, keepdim=True).div_(N - 1)
+        return v, v
+    columns, rows = _squares(z)
+    operand_v = v = columns.div_(N - 1)
     if dual and product != "ieee":
-        squares = o.mul_(o)
-        operand_v = squares.sum(2, keepdim=True).div_(N - 1)
+        columns, rows = _squares(o)
+        operand_v = columns.div_(N - 1)
     if energy is not None:
-        energy += squares.sum(3)
+        energy += rows
     return v, operand_v
 
 
@@ -188,7 +218,7 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
         side = N if dual else D
         M = torch.zeros(P, V, side, side, dtype=dtype, device=device)
         if dual:
-            energy = torch.zeros(P, V, N, dtype=wide, device=device)
+            energy = torch.zeros(P, V, N, 1, dtype=wide, device=device)
     pairs = plan.pair_list
     differences: list[Tensor] = []
     hinges: list[Tensor] = []
@@ -245,7 +275,7 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
         diagonal.zero_()
         norm = _sum_of_squares(M, wide)
     else:
-        diagonal.copy_(energy.mul_(gram_scale(N)))
+        diagonal.copy_(energy.squeeze(3).mul_(gram_scale(N)))
         # What is taken off stays finite: infinite covariances are infinite, not nowhere.
         taken_off = _sum(operand_squares, wide).clamp_max_(torch.finfo(wide).max)
         norm = torch.sub(_sum_of_squares(M, wide), taken_off, alpha=correction).clamp_min_(0)
