@@ -29,10 +29,14 @@ from ...multiview import Plan
 from ...rows import FEW_SAMPLES, Block, Rows, keeps_moments, keeps_operand_variance, uses_dual
 from .blocks import blocks
 
-# Elements whose squares are summed at once, of a block and of a flattened matrix: the float64 copy stays in the cache,
-# and takes less memory than the matrix.
-_SLICE = 1 << 17
-_NORM_CHUNKS = 1 << 15, 1 << 17
+# Elements whose squares are summed at once, at least and at most: their float64 copy stays in the cache.
+_SLICE = 1 << 15, 1 << 17
+
+
+def _slice_elements(tensor: Tensor) -> int:
+    """How many elements of a tensor to copy into float64 at once: a quarter, which takes half of its memory."""
+    least, most = _SLICE
+    return max(least, min(most, tensor.numel() // 4))
 
 
 def gram_scale(N: int) -> float:
@@ -73,7 +77,7 @@ def _squares(z: Tensor) -> tuple[Tensor, Tensor]:
     256x512 costs 15 u of ||M||^2 / D.  In slices, because the copy of a block would be fresh memory.
     """
     wide = precision.scalar_dtype(z.device)
-    step = max(1, _SLICE // z[..., 0].numel())
+    step = max(1, _slice_elements(z) // z[..., 0].numel())
     columns, rows = [], []
     for part in [z] if step >= z.shape[3] else torch.split(z, step, 3):
         squares = part.to(wide, copy=True)
@@ -118,8 +122,7 @@ def _mirror(M: Tensor) -> None:
 
 def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
     flat = M.reshape(-1)
-    least, most = _NORM_CHUNKS
-    size = max(least, min(most, flat.numel() // 4))
+    size = _slice_elements(flat)
     squares = []
     for part in [flat] if flat.numel() <= size else torch.split(flat, size):
         wide = part.to(dtype)
@@ -242,9 +245,9 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
         if into is not None and rows > 3:
             into[3].copy_(operand_v)
 
-    # Rows that are stacked, and where they are gathered first, once more; else the difference of a pair.  Where samples
-    # are few, their squares in float64 and the columns' statistics are as large as the rows.
-    buffers = V + (V if views[0].patch is not None else 1) + (6 * V if N < FEW_SAMPLES else 0)
+    # Rows that are stacked; where they are gathered first, once more, and as much for the dual's float64 squares and sums;
+    # else the difference of a pair.  Where samples are few, the columns' statistics are as large as the rows.
+    buffers = V + (V if dual or views[0].patch is not None else 1) + (6 * V if N < FEW_SAMPLES else 0)
     for group, parts in blocks(P, N, D, buffers, spare):
         if dual or len(parts) == 1:
             for block in parts:
