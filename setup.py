@@ -7,6 +7,12 @@ its own name: a well-known package on the index is imported as ``kernels``.
 from setuptools import setup
 
 setup(
-    packages=["vicreg_fast", "vicreg_fast.backends", "vicreg_fast.backends.aten", "vicreg_fast.kernels"],
+    packages=[
+        "vicreg_fast",
+        "vicreg_fast.backends",
+        "vicreg_fast.backends.aten",
+        "vicreg_fast.backends.triton",
+        "vicreg_fast.kernels",
+    ],
     package_dir={"vicreg_fast": "vicreg_fast", "vicreg_fast.kernels": "kernels"},
 )

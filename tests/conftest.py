@@ -1,9 +1,18 @@
 """Fixtures of every test: fixed seeds, and fresh memory that is full of NaN."""
 
+import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton's own functions are made for the interpreter, or not, when they are defined.  Tests of the kernels say so again
+# (test_triton.py); to all others this is a machine without a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
+del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)

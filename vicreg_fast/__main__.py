@@ -178,9 +178,10 @@ def _machine(devices: dict[str, str]) -> None:
     print(f"vicreg_fast {__version__} on {platform.platform()}; {processor}; {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton}")
     for name, about in devices.items():
-        device, why = torch.device(name), "Triton can run there"
+        device = torch.device(name)
         try:
             backends.choose("triton", device)
+            why = "the Triton kernels have not been measured on a GPU yet; backend='triton' takes them"
         except ValueError as error:
             why = str(error).partition(";")[0]  # what follows is advice
         print(f"  {name} ({about}): backend 'auto' is {backends.choose('auto', device)!r}, for {why}")

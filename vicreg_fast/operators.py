@@ -13,11 +13,10 @@ from torch import Tensor
 
 from . import backends, precision
 from .multiview import Plan
-from .rows import keeps_moments, keeps_operand_variance, uses_dual
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every group, then moments and M of every group]."""
+    """[weighted inv, var, cov and their sum of every group, then what every group saves]."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
@@ -67,6 +66,7 @@ torch.library.define(
 @torch.library.impl("vicreg_fast::terms", "default")
 def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
     plan = Plan(*constants)
+    backends.require(plan.backend, sources[0].device)
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
 
 
@@ -76,13 +76,10 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
     outputs = [new((), dtype=dtype) for _ in range(4 * len(plan.group_sizes))]
+    saved = backends.stages(plan.backend).saved_shapes
     for group in plan.groups(sources, indices):
-        V = len(group)
-        P, N, D = group[0][1].shape
-        side = N if uses_dual(P, N, D) else D
-        rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
-        outputs.append(new((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,), dtype=dtype))
-        outputs.append(new((P, V, side, side) if plan.covariance else (0,), dtype=dtype))
+        shapes = saved(plan, len(group), *group[0][1].shape, sources[0].device)
+        outputs.extend(new(shape, dtype=dtype) for shape in shapes)
     return outputs
 
 

@@ -7,10 +7,23 @@ from torch import Tensor
 
 from ... import precision
 from ...multiview import Plan, problems
+from ...rows import keeps_moments, keeps_operand_variance, uses_dual
 from . import gradient as _gradient
 from . import matching
 from . import terms as _terms
 from .blocks import spare_elements
+
+
+def saved_shapes(
+    plan: Plan, V: int, P: int, N: int, D: int, device: torch.device
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what a group saves besides its inputs: moments and M, (0,) where there is nothing."""
+    side = N if uses_dual(P, N, D) else D
+    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, device) else 3
+    return (
+        (rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,),
+        (P, V, side, side) if plan.covariance else (0,),
+    )
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,56 @@
+"""What every kernel shares: where rows lie, how operands are rounded, which tiles a symmetric product has.
+
+Element (p, n, d) of a view lies at
+
+    ptr + p * stride_p + n * stride_n + index[p, n] * stride_i + d * stride_d
+
+in 64 bits throughout: 2.6 million rows of 1024 features pass 2^31.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX: tl.constexpr):
+    """Offsets of rows n (a vector) of problem p; ``index`` is (P, N)."""
+    p = p.to(tl.int64)
+    n = n.to(tl.int64)
+    offsets = p * stride_p + n * stride_n
+    if HAS_INDEX:
+        offsets += tl.load(index_ptr + p * N + n, mask=n < N, other=0) * stride_i
+    return offsets
+
+
+@triton.jit
+def rounded(c, ROUND: tl.constexpr):
+    """float32 as the operand that a product uses: to nearest, and NaN stays NaN.
+
+    TF32: half of the last kept bit is added to the magnitude and the 13 dropped bits are cleared.  In the bits of a NaN,
+    0x7fffffff on a GPU, that would give -0.
+    """
+    if ROUND == "tf32":
+        bits = c.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x1000) & 0xFFFFE000
+        return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
+    if ROUND == "bf16":
+        return c.to(tl.bfloat16).to(tl.float32)
+    return c
+
+
+@triton.jit
+def triangle(t):
+    """Row and column of tile t of the tiles on and below the diagonal, counted row by row.
+
+    The square root is approximate and float32, so the row is corrected both ways.
+    """
+    row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
+    return row, t - row * (row + 1) // 2
+
+
+@triton.jit
+def above_zero(t):
+    """relu that lets NaN through, which maximum(NaN, 0) on a GPU does not."""
+    return tl.where(t < 0.0, 0.0, t)
