@@ -960,7 +960,9 @@ def test_an_override_that_changes_nothing_changes_nothing(statistics, order):
 def test_what_is_not_overridden_keeps_its_backend(make, name, monkeypatch):
     chosen = []
     choose = functional.backends.choose
-    monkeypatch.setattr(functional.backends, "choose", lambda *asked: chosen.append(asked[0]) or choose(*asked))
+    monkeypatch.setattr(
+        functional.backends, "choose", lambda *asked, **how: chosen.append(asked[0]) or choose(*asked, **how)
+    )
     overriding = in_subclass(make, name, lambda x, *_: x.sum())
     if make is VICRegLoss:
         overriding(backend="reference")(*two_views())
