@@ -365,3 +365,21 @@ def test_a_graph_holds_the_operators_and_eager_code_does_not(kind, monkeypatch):
     monkeypatch.setattr(torch.ops, "vicreg_fast", fake)
     assert operators.torch.ops.vicreg_fast is fake
     make_loss(kind)(*arguments(kind))["loss"].backward()
+
+
+def test_the_same_tensor_twice() -> None:
+    z = randn(12, 5, seed=1).requires_grad_()
+    compiled = torch.compile(lambda z: VICRegLoss()(z, z)["loss"], fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(z), z)
+    (true,) = torch.autograd.grad(VICRegLoss(backend="reference")(z, z)["loss"], z)
+    assert_exact([found], [true])
+
+
+def test_a_subclass_that_overrides_a_local_method() -> None:
+    class Mine(VICRegLLoss):
+        def local_vicreg_loss(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return super().local_vicreg_loss(x, y)
+
+    inputs = arguments("image")
+    compiled = torch.compile(Mine(M), fullgraph=True, backend="aot_eager")
+    assert_right(compiled, VICRegLLoss(M, backend="reference"), inputs)
