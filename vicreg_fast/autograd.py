@@ -80,7 +80,7 @@ def weighted_terms(
     outside = torch.compiler.is_compiling() or any(isinstance(w, Tensor) for w in weights)
     if not outside:
         plan = plan._replace(weights=tuple(map(float, weights)))
-    if torch.compiler.is_compiling() and sources[0] is sources[-1]:
+    if torch.compiler.is_compiling() and len(sources) > 1 and sources[0] is sources[1]:
         sources = [source.view_as(source) for source in sources]  # Dynamo refuses the same tensor twice
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         flat = _WeightedTerms.apply(plan, *sources, *indices)  # type: ignore[no-untyped-call]

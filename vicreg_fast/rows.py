@@ -22,6 +22,7 @@ from torch import Tensor
 # With fewer samples, and more columns, the dual side keeps no moments for the backward pass: three numbers a column would
 # be most of the memory that there is to work in, twice the inputs, and centring so few again costs little.
 FEW_SAMPLES = 8
+# Of two views, 192 KiB of float32: they need not be saved.
 _FEW_COLUMNS = 1 << 13
 
 

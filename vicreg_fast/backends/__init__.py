@@ -14,9 +14,15 @@ BACKENDS = ("auto", "triton", "aten", "reference")
 _LEAST_CAPABILITY = (8, 0)
 
 
+@functools.cache
+def _installed() -> bool:
+    """Whether there is a Triton, asked once: looking through the path takes as long as a launch."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed; pip install 'vicreg_fast[triton]' or use 'aten'"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None

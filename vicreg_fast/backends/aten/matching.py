@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ... import precision
+from .blocks import SMALL_ELEMENTS
 
 # Elements of one tile of distances: 2^19 float32 stay in the second-level cache.  Two tiles take no more memory than
 # both maps, unless these are small.
 TILE_ELEMENTS = 1 << 19
-SMALL_ELEMENTS = 1 << 16
 # Elements of both maps that are centred at once: 4 MiB of float32.  On two cores 2^19 took 0.97 to 1.04 times as long
 # over four shapes, 2^21 1.0 to 1.12 times.
 MAP_ELEMENTS = 1 << 20

@@ -181,7 +181,7 @@ def _reduce(
         return v, v
     columns, rows = _squares(z)
     operand_v = v = columns.div_(N - 1)
-    if dual and product != "ieee":
+    if product != "ieee":
         columns, rows = _squares(o)
         operand_v = columns.div_(N - 1)
     if energy is not None:

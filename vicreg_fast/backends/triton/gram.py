@@ -37,7 +37,7 @@ def terms(views: Views, plan: Plan, products: Products) -> list[Tensor]:
         "num_warps": config.warps,
     }
     if views.dual:
-        operand = torch.empty((V, P, N, D), dtype=products.operand, device=device)
+        operand = empty(V, P, N, D)
         programs = -(-D // config.moments_columns)
         partial = empty(programs * P, 3, dtype=torch.float64)
         energy = empty(V * P, programs, N, dtype=torch.float64)

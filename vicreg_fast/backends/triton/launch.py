@@ -1,6 +1,7 @@
-"""What every launcher does: check that a view can be addressed, choose products, pin the options of a launch."""
+"""What every launcher needs: the views as kernel arguments, the products, the device and the pinned options."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +13,10 @@ from ...rows import Rows, uses_dual
 
 
 class Products(NamedTuple):
-    """How operands are rounded and multiplied, and the type in which a centred copy is kept."""
+    """How operands, float32 numbers, are rounded and multiplied."""
 
     round: str  # "none", "tf32" or "bf16": as the kernels call it
     dot: str  # Triton's input_precision
-    operand: torch.dtype
 
 
 def products(plan_precision: str | None, sources: Sequence[Tensor]) -> Products:
@@ -30,11 +30,16 @@ def products(plan_precision: str | None, sources: Sequence[Tensor]) -> Products:
     # Three TF32 products are accurate to float32 and run on tensor cores; AMD's multiply float32 themselves.
     exact = "ieee" if on_cpu or torch.version.hip is not None else "tf32x3"
     return {
-        "ieee": Products("none", exact, torch.float32),
-        "tf32": Products("tf32", "tf32", torch.float32),
+        "ieee": Products("none", exact),
+        "tf32": Products("tf32", "tf32"),
         # bfloat16 operands are multiplied as float32 numbers: TF32 has their mantissa.
-        "bf16": Products("bf16", "tf32", torch.float32),
+        "bf16": Products("bf16", "tf32"),
     }[product]
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on a tensor's device, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)

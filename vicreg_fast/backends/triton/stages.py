@@ -26,10 +26,11 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
     products = launch.products(plan.precision, sources)
     values: list[Tensor] = []
     saved: list[Tensor] = []
-    for group in plan.groups(sources, indices):
-        found = gram.terms(launch.views(group), plan, products)
-        values += found[:4]
-        saved += found[4:]
+    with launch.on_device(sources[0].device):
+        for group in plan.groups(sources, indices):
+            found = gram.terms(launch.views(group), plan, products)
+            values += found[:4]
+            saved += found[4:]
     return [*values, *saved]
 
 
@@ -45,7 +46,8 @@ def gradient(
     alike = _of_one_type(sources)
     products = launch.products(plan.precision, alike)
     (group,) = plan.groups(alike, indices)
-    grads = _gradient.gradient(launch.views(group), plan, products, saved, upstream, needs)
+    with launch.on_device(sources[0].device):
+        grads = _gradient.gradient(launch.views(group), plan, products, saved, upstream, needs)
     return [
         grad.view(source.shape).to(source.dtype)
         for grad, source in zip(grads, sources, strict=True)
