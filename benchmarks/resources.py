@@ -1,57 +1,94 @@
 """Compiles every kernel for a GPU that need not be there, and says what it would take: registers, shared memory, opcodes.
 
-A variant is a defect if it spills, overruns the target's shared memory, misses the tensor cores, or if its offsets are
-not 64-bit.  Found by compiling alone, as the library would launch it: aligned pointers, the options of its launches.
+What is compiled is what the library launches: its launchers run on tensors without data, as if on the target, and each
+launch is taken down in place of being made.  A variant is a defect if it spills, overruns the target's shared memory,
+misses the tensor cores, or if its offsets are not 64-bit.
 """
 
+import concurrent.futures
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vicreg_fast.kernels import gradient, gram, moments
+from triton.runtime.jit import JITFunction
 
-from vicreg_fast.backends.triton import configs
+from vicreg_fast.backends.triton import configs, launch, stages
+from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
+from vicreg_fast.rows import Rows
 
-# Bytes of shared memory that a program may have.
+# Bytes of shared memory: of a program, and of a processor.
 SHARED_MEMORY = {
-    "cuda:80": 166912,
-    "cuda:86": 101376,
-    "cuda:89": 101376,
-    "cuda:90": 232448,
-    "cuda:100": 232448,
-    "cuda:120": 101376,
-    "hip:gfx942": 65536,
+    "cuda:80": (166912, 167936),
+    "cuda:86": (101376, 102400),
+    "cuda:89": (101376, 102400),
+    "cuda:90": (232448, 233472),
+    "cuda:100": (232448, 233472),
+    "cuda:120": (101376, 102400),
+    "hip:gfx942": (65536, 65536),
 }
-# "none" is float32-accurate, on tensor cores where the target has such products.
-ROUNDINGS = ("none", "tf32", "bf16")
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
-_FLOATS = {"gamma", "eps", "w_inv", "w_var", "w_cov", "k_inv", "k_var", "k_cov"}
+# (P, N, D): between them every row of the tables, both sides, products whole, split, and both; odd sizes, whose code
+# is another.
+SHAPES = (
+    (64, 16, 512),
+    (1, 128, 2048),
+    (1, 256, 8192),
+    (1, 2048, 8192),
+    (1, 257, 1001),
+    (1, 4096, 32),
+    (1, 655360, 64),
+    (1, 4096, 256),
+    (1, 6528, 512),
+    (1, 1001, 257),
+    (1, 7, 8),
+)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _POINTERS = {
-    "index_ptr": "i64", "ticket_ptr": "i32", "energy_ptr": "fp64", "partial_ptr": "fp64", "found_ptr": "fp64",
-}  # fmt: skip
-_INPUTS = {"x_ptr", "y_ptr", "x_grad_ptr", "y_grad_ptr"}
-# Counts whose multiples of 16 let loads be wide; strides of contiguous views too.
-_DIVISIBLE = {"N", "D", "inner", "chunk", "x_stride_p", "x_stride_n", "y_stride_p", "y_stride_n"}
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 class Variant(NamedTuple):
-    """A kernel, the type of its inputs, and what it is compiled for."""
+    """A kernel and what Triton compiles it for."""
 
     kernel: Any
-    dtype: str
+    signature: dict[str, str]
     constants: dict[str, Any]
+    aligned: tuple[int, ...]  # positions of arguments that are multiples of 16
+    options: dict[str, Any]
+
+    def key(self) -> str:
+        """What tells it from others."""
+        return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
 
     def __str__(self) -> str:
-        shown = [
-            f"{k}={v}" for k, v in self.constants.items() if k in ("ROUND", "DUAL", "HAS_INDEX", "PRECISION")
+        shown = ("VIEWS", "HAS_INDEX", "DUAL", "ROUND", "KEEP", "LAST", "FEW")
+        blocks = [v for k, v in self.constants.items() if k.startswith("BLOCK")]
+        flags = [
+            k.lower() if v is True else f"{k.lower()}={v}"
+            for k, v in self.constants.items()
+            if k in shown and v
         ]
-        return f"{self.kernel.__name__.strip('_')} {self.dtype} {' '.join(shown)}"
+        inputs = self.signature.get("x_ptr", self.signature.get("operand_ptr", ""))
+        name = self.kernel.__name__.strip("_").replace("_kernel", "").replace("_forward", "")
+        options = f"w{self.options['num_warps']}s{self.options.get('num_stages', '')}"
+        return f"{name} {inputs} {'x'.join(map(str, blocks))} {options} {' '.join(flags)}"
 
 
 class Resources(NamedTuple):
@@ -60,82 +97,123 @@ class Resources(NamedTuple):
     registers: int
     spills: int
     shared: int
+    resident: int  # programs that share a processor
     opcodes: tuple[str, ...]
     defects: tuple[str, ...]
 
 
+def _machine(target: str) -> configs.Machine:
+    backend, arch = target.split(":")
+    name = configs.family(*divmod(int(arch), 10)) if backend == "cuda" else arch
+    return configs.Machine(name, 132 if backend == "cuda" else 304)
+
+
+def _variant(kernel: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Variant:
+    """What Triton would compile for a launch: by each argument's type, and whether it is 1 or a multiple of 16."""
+    signature, constants, aligned = {}, {}, []
+    options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | {
+        k: v for k, v in keywords.items() if k in kernel.arg_names
+    }
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, named[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _POINTERS[value.dtype]
+            aligned.append(position)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(position)
+    return Variant(kernel, signature, constants, tuple(aligned), options)
+
+
+def _run(plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Forward and backward of a plan on tensors of this shape and type."""
+    P, N, D = shape
+    indexed = len(plan.view_source) > 2
+    sources = [torch.empty(P, 2 * N if indexed else N, D, dtype=dtype, device="cuda")] * plan.source_count
+    index = torch.empty(P, N, dtype=torch.int64, device="cuda")
+    indices = [index] * len(plan.view_source) if indexed else []
+    outputs = stages.terms(plan, sources, indices)
+    if plan.keep:
+        groups = len(plan.group_sizes)
+        upstream = outputs[: 3 * groups]
+        for needs in ([True] * len(sources), [True] + [False] * (len(sources) - 1)):
+            stages.gradient(plan, sources, indices, outputs[4 * groups :], upstream, needs)
+
+
 def variants(target: str) -> Iterator[Variant]:
-    """Every kernel, type and precision that the library launches on a target."""
-    exact = "tf32x3" if target.startswith("cuda") else "ieee"
-    for dtype in DTYPES:
-        for rounding in ROUNDINGS:
-            dot = exact if rounding == "none" else "tf32"
-            config = configs.choose(dot)
-            # Rows by index belong to losses that have no kernels yet.
-            shared = {"VIEWS": 2, "HAS_INDEX": False, "ROUND": rounding}
-            blocks = {"BLOCK_N": config.moments_rows, "BLOCK_D": config.moments_columns}
-            yield Variant(moments._moments_forward_kernel, dtype, {**shared, **blocks})
-            tile = {"BLOCK_M": config.tile, "BLOCK_K": config.primal_inner}
-            product = {**shared, "PRECISION": dot, "FEW": False, **tile}
-            yield Variant(gram._second_moment_forward_kernel, dtype, product)
-            terms = {"INV": True, "VAR": True, "COV": True, "FIRST": 0}
-            blocks = {
-                "BLOCK_N": config.gradient_rows,
-                "BLOCK_D": config.gradient_columns,
-                "BLOCK_K": config.inner,
-            }
-            for dual in (False, True):
-                constants = {**shared, "PRECISION": dot, "DUAL": dual, **terms, **blocks}
-                yield Variant(gradient._gradient_kernel, dtype, constants)
-    for dot in (exact, "tf32"):
-        config = configs.choose(dot)
-        tile = {"BLOCK_M": config.tile, "BLOCK_K": config.inner}
-        yield Variant(gram._gram_forward_kernel, "fp32", {"PRECISION": dot, **tile})
-    for dual in (False, True):
-        constants = {"VIEWS": 2, "DUAL": dual, "BLOCK_M": config.tile, "BLOCK_R": config.strip}
-        yield Variant(gram._combine_forward_kernel, "fp32", constants)
+    """Every different variant that the library launches on a target, for SHAPES, types, precisions and kinds of views."""
+    machine = _machine(target)
+    seen: dict[str, Variant] = {}
+
+    def take_down(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        variant = _variant(kernel, arguments, keywords)
+        seen.setdefault(variant.key(), variant)
+
+    one_group = LOCAL_VIEWS._replace(view_source=LOCAL_VIEWS.view_source[:4], group_sizes=(4,))
+    with (
+        FakeTensorMode(),
+        mock.patch.object(JITFunction, "run", take_down),
+        mock.patch.object(configs, "machine", lambda device: machine),
+        mock.patch.object(launch, "on_device", lambda device: nullcontext()),
+        mock.patch.object(Rows, "add", lambda *_: None),  # ATen's, and not for tensors without a device
+    ):
+        for shape in SHAPES:
+            for dtype in DTYPES.values():
+                for precision in (None, "highest", "high", "medium"):
+                    plan = TWO_VIEWS._replace(precision=precision)
+                    _run(plan, shape, dtype)
+                    if precision is None:
+                        _run(plan._replace(keep=False), shape, dtype)
+                        _run(ONE_VIEW._replace(precision=precision), shape, dtype)
+                    if precision is None or dtype == torch.float32:
+                        _run(one_group._replace(precision=precision, across=False), shape, dtype)
+    yield from seen.values()
 
 
 def examine(variant: Variant, target: str) -> Resources:
     """Compile a variant and look at what came out."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    constants = dict(variant.constants)
-    signature, attributes = {}, {}
-    for position, name in enumerate(variant.kernel.arg_names):
-        if name.endswith("stride_d"):
-            constants[name] = 1  # as Triton itself does with an argument that is 1
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + (variant.dtype if name in _INPUTS else _POINTERS.get(name, "fp32"))
-        else:
-            signature[name] = "fp32" if name in _FLOATS else "i32"
-        if name.endswith("_ptr") or name in _DIVISIBLE:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, constants, attributes)
-    options = {"num_warps": configs.Config().warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=gpu, options=options)
-    text = _disassembly(compiled) if backend == "cuda" else compiled.asm["amdgcn"]
+    attributes = {(position,): [["tt.divisibility", 16]] for position in variant.aligned}
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=variant.options)
+    threads = variant.options["num_warps"] * gpu.warp_size
+    limit, whole = SHARED_MEMORY[target]
     if backend == "cuda":
+        text = _disassembly(compiled)
         registers = int(re.findall(r"REG:(\d+)", text)[0])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
         opcodes = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|LDGSTS)\b", text)
+        resident = 65536 // (-(-registers // 8) * 8 * threads)
     else:
+        text = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
         spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
         opcodes = re.findall(r"v_mfma\w+", text)
+        resident = (
+            4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
+        )  # four units of 512 a lane
     found = tuple(sorted(set(opcodes)))
+    resident = max(1, min(resident, whole // (compiled.metadata.shared + 1024)))
     defects = []
     if spills:
         defects.append(f"{spills} spills")
-    if compiled.metadata.shared > SHARED_MEMORY[target]:
-        defects.append(f"{compiled.metadata.shared} bytes of shared memory, {SHARED_MEMORY[target]} there")
-    if "PRECISION" in constants and not any("MMA" in op or "mfma" in op for op in found):
+    if compiled.metadata.shared > limit:
+        defects.append(f"{compiled.metadata.shared} bytes of shared memory, {limit} there")
+    multiplies = variant.constants.get("PRECISION") and variant.constants.get("COV", True)
+    if multiplies and not any("MMA" in op or "mfma" in op for op in found):
         defects.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:
         defects.append("no 64-bit offsets")
-    return Resources(registers, spills, compiled.metadata.shared, found, tuple(defects))
+    return Resources(registers, spills, compiled.metadata.shared, resident, found, tuple(defects))
 
 
 def _disassembly(compiled: Any) -> str:
@@ -151,19 +229,27 @@ def _disassembly(compiled: Any) -> str:
         return "\n".join(subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
 
 
+def _numbered(target: str, every: int, number: int) -> tuple[str, Resources]:
+    variant = _listed(target, every)[number]
+    return str(variant), examine(variant, target)
+
+
+@functools.cache
+def _listed(target: str, every: int) -> list[Variant]:
+    return list(variants(target))[::every]
+
+
 def report(target: str, every: int = 1) -> int:
     """Print a row for every variant, or for one of ``every``; the number of defects."""
-    print(f"{'kernel':78}{'registers':>10}{'spills':>8}{'shared':>8}  opcodes")
+    print(f"{'kernel':92}{'registers':>10}{'spills':>8}{'shared':>8}{'resident':>10}  opcodes")
     defects = 0
-    for number, variant in enumerate(variants(target)):
-        if number % every:
-            continue
-        found = examine(variant, target)
-        print(
-            f"{variant!s:78}{found.registers:>10}{found.spills:>8}{found.shared:>8}  {' '.join(found.opcodes)}"
-            + "".join(f"  DEFECT: {defect}" for defect in found.defects),
-            flush=True,
-        )
-        defects += len(found.defects)
-    print(f"{defects} defects on {target}")
+    count = len(_listed(target, every))
+    # Variants cannot be sent to another process, so each lists them again and is told a number.
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        for name, found in pool.map(functools.partial(_numbered, target, every), range(count)):
+            numbers = f"{found.registers:>10}{found.spills:>8}{found.shared:>8}{found.resident:>10}"
+            marks = "".join(f"  DEFECT: {defect}" for defect in found.defects)
+            print(f"{name:92}{numbers}  {' '.join(found.opcodes)}{marks}", flush=True)
+            defects += len(found.defects)
+    print(f"{count} variants, {defects} defects on {target}")
     return defects

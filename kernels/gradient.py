@@ -2,59 +2,70 @@
 
     dual     g = a (M o - vhat o) + f c        a = u_cov w_cov 4 / (V P D (N-1))
     primal   g = a o M + f c                   f = -u_var w_var [sqrt(v + eps) < gamma] / (V P D (N-1) sqrt(v + eps))
-             + b (z - other)                   b = u_inv w_inv 2 / (P N D)
+             + b (z - other)                   b = u_inv w_inv 2 / (pairs P N D)
 
-z (P, N, D), any strides; M (V, P, S, S); moments (4, P, V, D) or (3, ...); operand (V, P, N, D), dual only; the
-gradients are contiguous (P, N, D), in their views' types.  The upstream gradients u are read on the device.
-6 N D S operations a view; reads z, the other view, M and the operand, writes g.
+z (P, N, D), any strides, rows by index if wanted; M (V * P, S, S), on the operand's grid; moments (4, P, V, D) or (3, ...);
+operand (V, P, N, D), dual only.  The gradients of a source's views are contiguous (views of the source, P, N, D), in the
+type of their pointer.  The upstream gradients u are read on the device.
+2 N D S operations a view; reads z, the other view, M and the operand, writes g.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import rounded, row_offsets
+from .rows import column_offsets, rounded, row_offsets, view_of
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
+def _rows_of(z_ptr, rows, d, stride_d, mask):
+    """Elements (rows, d) of a view, float32."""
+    return tl.load(z_ptr + rows[:, None] + column_offsets(d, stride_d)[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit(do_not_specialize=["P", "first", "step"])
 def _gradient_kernel(
     x_ptr, y_ptr, index_ptr, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr,
     u_inv_ptr, u_var_ptr, u_cov_ptr,
-    P, N, D, gamma, eps, k_inv, k_var, k_cov,
-    x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-    y_stride_p, y_stride_n, y_stride_i, y_stride_d,
-    VIEWS: tl.constexpr, FIRST: tl.constexpr, DUAL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_INDEX: tl.constexpr, INV: tl.constexpr, VAR: tl.constexpr, COV: tl.constexpr,
+    P, N, D, first, step, gamma, eps, k_inv, k_var, k_cov,
+    x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
+    VIEWS: tl.constexpr, HAS_INDEX: tl.constexpr, DUAL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+    INV: tl.constexpr, VAR: tl.constexpr, COV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows and BLOCK_D columns of one problem of one view; views from FIRST on."""
-    tiles_d = tl.cdiv(D, BLOCK_D)
-    tile = tl.program_id(0)
-    v = tl.program_id(1) // P + FIRST
-    p = tl.program_id(1) % P
-    P = P.to(tl.int64)
-    n = (tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = (tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (n < N)[:, None] & (d < D)[None, :]
-    z_ptr = x_ptr
-    stride_p, stride_n, stride_i, stride_d = x_stride_p, x_stride_n, x_stride_i, x_stride_d
-    z_index = index_ptr
-    if VIEWS == 2:
-        if v == 1:
-            z_ptr = y_ptr
-            stride_p, stride_n, stride_i, stride_d = y_stride_p, y_stride_n, y_stride_i, y_stride_d
-            if HAS_INDEX:
-                z_index = index_ptr + P * N
-    rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
-    columns = d.to(tl.int64) * stride_d
-    z = tl.load(z_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    """One program: BLOCK_N rows and BLOCK_D columns of one problem of one of the views first, first + step, ...
 
-    row = P * VIEWS * D
+    Neighbours share the columns of the operand (dual) or the rows of z (primal), and so find them in the cache.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    tile = tl.program_id(0) % (tiles_n * tiles_d)
+    problem = tl.program_id(0) // (tiles_n * tiles_d)
+    v = first + (problem // P) * step
+    p = problem % P
+    if DUAL:
+        n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        d0 = (tile // tiles_n) * BLOCK_D
+    else:
+        n = (tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+        d0 = (tile % tiles_d) * BLOCK_D
+    P = P.to(tl.int64)
+    d = d0 + tl.arange(0, BLOCK_D)
+    z_ptr, z_index, stride_p, stride_n, stride_i, stride_d = view_of(
+        v, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
+        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX,
+    )  # fmt: skip
+    rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
+    g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    row = P * VIEWS * D  # of moments
     at = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
-    operand = operand_ptr + (v * P + p) * N * D
     if COV:
         a = tl.load(u_cov_ptr).to(tl.float32) * k_cov
         if DUAL:
+            # float16 operands are halves, see rounded(), and their M is float32.
+            SCALE: tl.constexpr = 2.0 if ROUND == "fp16" else 1.0
+            operand = operand_ptr + (v * P + p) * N * D
             M = M_ptr + (v * P + p) * N * N + n.to(tl.int64)[:, None] * N
             for start in range(0, N, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
@@ -62,49 +73,60 @@ def _gradient_kernel(
                 o = tl.load(
                     operand + k.to(tl.int64)[:, None] * D + d[None, :],
                     mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                g = tl.dot(rounded(G, ROUND), o, g, input_precision=PRECISION)
+                )  # fmt: skip
+                g = tl.dot(G, o.to(G.dtype), g, input_precision=PRECISION)
+            g *= a * SCALE
         else:
             M = M_ptr + (v * P + p) * D * D + d[None, :]
             for start in range(0, D, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (n < N)[:, None] & (k < D)[None, :]
-                o = tl.load(z_ptr + rows[:, None] + k.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0)
+                o = _rows_of(z_ptr, rows, k, stride_d, inside)
                 hi = tl.load(at + k, mask=k < D, other=0.0)
                 lo = tl.load(at + row + k, mask=k < D, other=0.0)
-                o = tl.where(inside, o.to(tl.float32) - hi[None, :] - lo[None, :], 0.0)
+                o = rounded(tl.where(inside, o - hi[None, :] - lo[None, :], 0.0), ROUND)
                 C = tl.load(
                     M + k.to(tl.int64)[:, None] * D, mask=(k < D)[:, None] & (d < D)[None, :], other=0.0
                 )
-                g = tl.dot(rounded(o, ROUND), rounded(C, ROUND), g, input_precision=PRECISION)
-        if DUAL:
-            o = tl.load(operand + n.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            g -= o * tl.load(at + 3 * row + d, mask=d < D, other=0.0)[None, :]
-        g = g * a
-    if VAR:
-        hi = tl.load(at + d, mask=d < D, other=0.0)
-        lo = tl.load(at + row + d, mask=d < D, other=0.0)
-        std = tl.load(at + 2 * row + d, mask=d < D, other=0.0)
-        if eps > 0:
-            std = tl.sqrt_rn(std * std + eps)
-        active = (std < gamma) & (std > 0.0)
-        factor = tl.where(active, tl.load(u_var_ptr).to(tl.float32) * k_var / tl.where(active, std, 1.0), 0.0)
-        g -= (z - hi[None, :] - lo[None, :]) * factor[None, :]
-    if INV:
-        other_ptr = y_ptr
-        stride_p, stride_n, stride_i, stride_d = y_stride_p, y_stride_n, y_stride_i, y_stride_d
-        if HAS_INDEX:
-            z_index = index_ptr + P * N
-        if v == 1:
-            other_ptr = x_ptr
-            stride_p, stride_n, stride_i, stride_d = x_stride_p, x_stride_n, x_stride_i, x_stride_d
-            z_index = index_ptr
-        rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
-        columns = d.to(tl.int64) * stride_d
-        other = tl.load(other_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        g += (z - other) * (tl.load(u_inv_ptr).to(tl.float32) * k_inv)
-    out = (p.to(tl.int64) * N + n)[:, None] * D + d[None, :]
-    if v == 0:
-        tl.store(x_grad_ptr + out, g, mask=mask)
+                g = tl.dot(o.to(C.dtype), C, g, input_precision=PRECISION)
+            g *= a
+    o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(
+        v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
+        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and INV,
+    )  # fmt: skip
+    o_rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX and INV)
+    g_ptr = x_grad_ptr
+    if ((v ^ (v >> 1)) & 1) == 1:
+        g_ptr = y_grad_ptr
+    g_rows = ((v // 2 * P + p) * N + n) * D
+    # Half the columns at a time where a tile is large: it, z and the other view would not fit the registers together.
+    HALVES: tl.constexpr = 2 if BLOCK_N * BLOCK_D > 8192 else 1
+    HALF: tl.constexpr = BLOCK_D // HALVES
+    g = tl.permute(tl.reshape(g, (BLOCK_N, HALVES, HALF)), (0, 2, 1))
+    if HALVES == 2:
+        left, right = tl.split(g)
     else:
-        tl.store(y_grad_ptr + out, g, mask=mask)
+        left = tl.reshape(g, (BLOCK_N, BLOCK_D))
+    for half in tl.static_range(HALVES):
+        h = left if half == 0 else right
+        d = d0 + half * HALF + tl.arange(0, HALF)
+        mask = (n < N)[:, None] & (d < D)[None, :]
+        z = _rows_of(z_ptr, rows, d, stride_d, mask)
+        if VAR or (COV and DUAL):
+            hi = tl.load(at + d, mask=d < D, other=0.0)
+            lo = tl.load(at + row + d, mask=d < D, other=0.0)
+            c = z - hi[None, :] - lo[None, :]
+        if COV and DUAL:
+            # The operand again, from what it was made of: cheaper than reading it.
+            h -= rounded(c, ROUND) * (a * tl.load(at + 3 * row + d, mask=d < D, other=0.0))[None, :]
+        if VAR:
+            std = tl.load(at + 2 * row + d, mask=d < D, other=0.0)
+            if eps > 0:
+                std = tl.sqrt_rn(std * std + eps)
+            active = (std < gamma) & (std > 0.0)
+            u = tl.load(u_var_ptr).to(tl.float32) * k_var
+            h -= c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+        if INV:
+            other = _rows_of(o_ptr, o_rows, d, o_stride_d, mask)
+            h += (z - other) * (tl.load(u_inv_ptr).to(tl.float32) * k_inv)
+        tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=mask)

@@ -5,10 +5,32 @@ Element (p, n, d) of a view lies at
     ptr + p * stride_p + n * stride_n + index[p, n] * stride_i + d * stride_d
 
 in 64 bits throughout: 2.6 million rows of 1024 features pass 2^31.
+
+Views come in pairs: 0 and 1, 2 and 3.  There are two sources, x and y: views 0 and 3 are rows of x, 1 and 2 rows of y,
+as VICRegL's matches go from x to y and from y to x.  One view alone is a row of x.
+
+An operand is what a product multiplies.  ROUND names its grid: "none" (float32), "tf32", "bf16" or "fp16".
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def view_of(
+    v, P, N, x_ptr, y_ptr, index_ptr,
+    x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
+    HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """Of view v: its pointer, its row numbers (P, N), and its strides of problem, row, patch and feature."""
+    z_ptr = x_ptr
+    stride_p, stride_n, stride_i, stride_d = x_stride_p, x_stride_n, x_stride_i, x_stride_d
+    if ((v ^ (v >> 1)) & 1) == 1:
+        z_ptr = y_ptr
+        stride_p, stride_n, stride_i, stride_d = y_stride_p, y_stride_n, y_stride_i, y_stride_d
+    if HAS_INDEX:
+        index_ptr += v.to(tl.int64) * P * N
+    return z_ptr, index_ptr, stride_p, stride_n, stride_i, stride_d
 
 
 @triton.jit
@@ -23,11 +45,17 @@ def row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX: tl.
 
 
 @triton.jit
+def column_offsets(d, stride_d):
+    """Offsets of features d (a vector)."""
+    return d.to(tl.int64) * stride_d
+
+
+@triton.jit
 def rounded(c, ROUND: tl.constexpr):
-    """float32 as the operand that a product uses: to nearest, and NaN stays NaN.
+    """float32 to the nearest number of the operand's grid, as float32; NaN stays NaN.
 
     TF32: half of the last kept bit is added to the magnitude and the 13 dropped bits are cleared.  In the bits of a NaN,
-    0x7fffffff on a GPU, that would give -0.
+    0x7fffffff on a GPU, that would give -0.  float16: of c / 2, which it holds for any float16 input, centred.
     """
     if ROUND == "tf32":
         bits = c.to(tl.uint32, bitcast=True)
@@ -35,7 +63,15 @@ def rounded(c, ROUND: tl.constexpr):
         return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
     if ROUND == "bf16":
         return c.to(tl.bfloat16).to(tl.float32)
+    if ROUND == "fp16":
+        return (c * 0.5).to(tl.float16).to(tl.float32) * 2.0
     return c
+
+
+@triton.jit
+def stored(o, ROUND: tl.constexpr):
+    """What is multiplied for an operand on its grid: float16 holds half of it, see rounded()."""
+    return o * 0.5 if ROUND == "fp16" else o
 
 
 @triton.jit

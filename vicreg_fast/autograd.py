@@ -87,6 +87,6 @@ def weighted_terms(
     else:
         # Nothing to save.  (Dynamo 2.13, too, inlines a Function without gradients and then counts its arguments to
         # tell whether forward takes a context, which *tensors defeats.)
-        flat = operators.terms(plan, sources, indices)[: 4 * len(plan.group_sizes)]
+        flat = operators.terms(plan._replace(keep=False), sources, indices)[: 4 * len(plan.group_sizes)]
     groups = [WeightedTerms(*flat[at : at + 4]) for at in range(0, len(flat), 4)]
     return [weigh(group, weights) for group in groups] if outside else groups

@@ -113,7 +113,7 @@ def match_patches(
     checks.enough_patches("queries", queries, m)
     with torch.no_grad():
         queries, candidates = floating(queries), floating(candidates)
-        backend = backends.choose(backend, queries.device, patches=True)
+        backend = backends.choose(backend, queries.device)
         if backend == "reference":
             q, c = accumulated(queries, candidates)
             query, candidate = reference.match(q, c, m)
@@ -135,7 +135,7 @@ def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
     For those who override what chooses from it: no backend needs it for itself.
     """
     with torch.no_grad(), policy.exact_products("ieee", queries.device):
-        if backends.choose(backend, queries.device, patches=True) == "reference":
+        if backends.choose(backend, queries.device) == "reference":
             return reference.distances(*accumulated(queries, candidates))
         return matching.ordering(queries, candidates)
 
@@ -194,7 +194,7 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
 def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tuple[Tensor, Tensor]:
     """(var, cov) of one checked view (..., N, D); cov is zero where it is not asked for."""
     gamma, eps, backend, precision = options.checked()
-    backend = backends.choose(backend, z.device, (z.dtype,))
+    backend = backends.choose(backend, z.device, (z.dtype,), covariance=covariance)
     if backend == "reference":
         with policy.exact_products("ieee", z.device):
             z, _ = accumulated(z, z)
@@ -215,7 +215,7 @@ def local_terms(
 ) -> tuple[WeightedTerms, WeightedTerms]:
     """Weighted terms of the matches by location and by feature, from checked maps and locations."""
     gamma, eps, backend, precision = options.checked()
-    backend = backends.choose(backend, maps[0].device, patches=True)
+    backend = backends.choose(backend, maps[0].device, [z.dtype for z in maps], patches=True)
     locations = as_locations(*locations)
     if backend == "reference":
         with policy.exact_products("ieee", maps[0].device):

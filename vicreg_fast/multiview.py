@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     covariance: bool = True  # False: the covariance term is left out and is zero
     backend: str = "aten"
     weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, in every group
+    keep: bool = True  # False: no backward pass will follow, and what only it reads need not be written
 
     @property
     def source_count(self) -> int:

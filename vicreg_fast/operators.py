@@ -49,7 +49,7 @@ def match(
 
 _PLAN = (
     "int[] view_source, int[] group_sizes, int[] pairs, bool across, float gamma, float eps, "
-    "str? precision, bool covariance, str backend, float[] weights"
+    "str? precision, bool covariance, str backend, float[] weights, bool keep"
 )
 torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
 torch.library.define(
@@ -63,23 +63,28 @@ torch.library.define(
 )
 
 
+def _resolved(constants: Sequence[Any], sources: Sequence[Tensor]) -> Plan:
+    """The plan that an operator was called with, its backend chosen for these sources."""
+    plan = Plan(*constants)
+    backend = backends.resolve(plan.backend, sources[0].device, [source.dtype for source in sources])
+    return plan._replace(backend=backend)
+
+
 @torch.library.impl("vicreg_fast::terms", "default")
 def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
-    plan = Plan(*constants)
-    backends.require(plan.backend, sources[0].device)
+    plan = _resolved(constants, sources)
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
 def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
-    plan = Plan(*constants)
+    plan = _resolved(constants, sources)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
     outputs = [new((), dtype=dtype) for _ in range(4 * len(plan.group_sizes))]
-    saved = backends.stages(plan.backend).saved_shapes
+    saved = backends.stages(plan.backend).saved
     for group in plan.groups(sources, indices):
-        shapes = saved(plan, len(group), *group[0][1].shape, sources[0].device)
-        outputs.extend(new(shape, dtype=dtype) for shape in shapes)
+        outputs.extend(new(s, dtype=t) for s, t in saved(plan, sources, len(group), *group[0][1].shape))
     return outputs
 
 
@@ -92,7 +97,7 @@ def _gradient(
     needs: list[bool],
     *constants: Any,
 ) -> list[Tensor]:
-    plan = Plan(*constants)
+    plan = _resolved(constants, sources)
     stages = backends.stages(plan.backend)
     return stages.gradient(plan, sources, indices, saved, upstream, needs)  # type: ignore[no-any-return]
 

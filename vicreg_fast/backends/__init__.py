@@ -20,8 +20,10 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device; None where they can."""
+def _obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why Triton kernels cannot run on tensors of these types on a device; None where they can."""
+    if torch.float64 in dtypes:
+        return "it has no float64; use 'auto' or 'aten'"
     if not _installed():
         return "Triton is not installed; pip install 'vicreg_fast[triton]' or use 'aten'"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -33,38 +35,39 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _refusal(device: torch.device, obstacle: str) -> ValueError:
-    return ValueError(f"backend='triton' cannot run on {device}: {obstacle}")
-
-
-def require(backend: str, device: torch.device) -> None:
-    """Raise where a backend that was chosen in traced code cannot run on a device."""
-    if backend == "triton" and (obstacle := _obstacle(device)) is not None:
-        raise _refusal(device, obstacle)
+def resolve(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    """ "aten" or "triton" for "auto"; others as they are, or an error where they cannot run."""
+    if backend not in ("auto", "triton"):
+        return backend
+    obstacle = _obstacle(device, dtypes)
+    if obstacle is None:
+        return "triton"
+    if backend == "auto":
+        return "aten"
+    raise ValueError(f"backend='triton' cannot run on {device}: {obstacle}")
 
 
 def choose(
-    backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = (), *, patches: bool = False
+    backend: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (),
+    *,
+    patches: bool = False,
+    covariance: bool = True,
 ) -> str:
     """The backend that a request means for inputs on a device: "aten", "triton" or "reference".
 
-    "auto" is "aten" everywhere: the Triton kernels have not been measured on a GPU yet.  ``patches``: VICRegL's local
-    part and its matching are asked for.
+    In traced code, which must not ask a device what it is, "auto" and "triton" stay as they are: the operator resolves
+    them when it runs.  ``patches``: VICRegL's local part is asked for, which "auto" leaves to ATen while the kernels
+    gather its rows through memory.  ``covariance``: without it there is nothing to fuse, and ATen's reduction does it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend needs one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend != "triton":
-        return "reference" if backend == "reference" else "aten"
-    obstacle = None
-    if patches:
-        obstacle = "it has no kernels for patches yet; use 'auto' or 'aten'"
-    elif torch.float64 in dtypes:
-        obstacle = "it has no float64; use 'auto' or 'aten'"
-    elif not torch.compiler.is_compiling():  # else the operator asks, when it runs
-        obstacle = _obstacle(device)
-    if obstacle is not None:
-        raise _refusal(device, obstacle)
-    return "triton"
+    if backend == "auto" and (patches or device.type == "cpu"):
+        return "aten"
+    if not torch.compiler.is_compiling():
+        backend = resolve(backend, device, dtypes)
+    return "aten" if backend in ("auto", "triton") and not covariance else backend
 
 
 @functools.cache

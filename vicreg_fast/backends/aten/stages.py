@@ -14,16 +14,17 @@ from . import terms as _terms
 from .blocks import spare_elements
 
 
-def saved_shapes(
-    plan: Plan, V: int, P: int, N: int, D: int, device: torch.device
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what a group saves besides its inputs: moments and M, (0,) where there is nothing."""
+def saved(
+    plan: Plan, sources: Sequence[Tensor], V: int, P: int, N: int, D: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what a group saves besides its inputs: moments and M, (0,) where there is nothing."""
     side = N if uses_dual(P, N, D) else D
-    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, device) else 3
-    return (
-        (rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,),
-        (P, V, side, side) if plan.covariance else (0,),
-    )
+    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
+    dtype = precision.accumulation_dtype([source.dtype for source in sources])
+    return [
+        ((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,), dtype),
+        ((P, V, side, side) if plan.covariance else (0,), dtype),
+    ]
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:

@@ -6,34 +6,65 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ... import precision
 from ...rows import Rows, uses_dual
+from .configs import Machine
+
+_LANGUAGE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Products(NamedTuple):
-    """How operands, float32 numbers, are rounded and multiplied."""
+    """How operands are rounded, stored and multiplied."""
 
-    round: str  # "none", "tf32" or "bf16": as the kernels call it
-    dot: str  # Triton's input_precision
+    round: str  # the operand's grid, as kernels/rows.py names it
+    dot: str  # Triton's input_precision, of float32 operands
+    type: torch.dtype  # of the operand in memory
+    kind: str  # the rows of configs.py
+
+    @property
+    def matrix_type(self) -> torch.dtype:
+        """The type of M, which the backward pass multiplies: float16 has not the range for it."""
+        return torch.float32 if self.type == torch.float16 else self.type
+
+    @property
+    def gradient_kind(self) -> str:
+        """The rows of configs.py for the backward pass: beside a float32 M the operand is float32 too."""
+        return "tf32" if self.type == torch.float16 else self.kind
+
+    @property
+    def language_type(self) -> Any:
+        """The operand's type as kernels name it."""
+        return _LANGUAGE_TYPES[self.type]
 
 
-def products(plan_precision: str | None, sources: Sequence[Tensor]) -> Products:
+def products(plan_precision: str | None, sources: Sequence[Tensor], machine: Machine) -> Products:
     """The products that a precision means for these sources.
 
-    In the interpreter, on CPU tensors, a precision means what it would on a GPU.
+    Inputs of 16 bits are multiplied in their own type unless another precision is asked for by name.  In the
+    interpreter, on CPU tensors, a precision means what it would on a GPU.
     """
     on_cpu = sources[0].device.type == "cpu"
     device = torch.device("cuda") if on_cpu else sources[0].device
-    product = precision.resolve_product(plan_precision, device, [source.dtype for source in sources])
+    dtypes = {source.dtype for source in sources}
+    if plan_precision is None and dtypes in ({torch.float16}, {torch.bfloat16}):
+        product = "fp16" if dtypes == {torch.float16} else "bf16"
+    else:
+        product = precision.resolve_product(plan_precision, device, list(dtypes))
+    # gfx950 has no TF32: float32 products of rounded operands are the same numbers.
+    tf32 = "ieee" if machine.family == "gfx950" else "tf32"
     # Three TF32 products are accurate to float32 and run on tensor cores; AMD's multiply float32 themselves.
-    exact = "ieee" if on_cpu or torch.version.hip is not None else "tf32x3"
+    exact = "ieee" if on_cpu or machine.family.startswith("gfx") else "tf32x3"
+    if product == "bf16" and on_cpu:
+        # Triton's interpreter computes bfloat16 wrong: the same numbers as float32.
+        return Products("bf16", tf32, torch.float32, "tf32")
     return {
-        "ieee": Products("none", exact),
-        "tf32": Products("tf32", "tf32"),
-        # bfloat16 operands are multiplied as float32 numbers: TF32 has their mantissa.
-        "bf16": Products("bf16", "tf32"),
+        "ieee": Products("none", exact, torch.float32, "fp32"),
+        "tf32": Products("tf32", tf32, torch.float32, "tf32"),
+        "bf16": Products("bf16", tf32, torch.bfloat16, "half"),
+        "fp16": Products("fp16", tf32, torch.float16, "half"),
     }[product]
 
 
@@ -44,17 +75,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Views:
-    """One view, or the two of a pair, as kernel arguments: pointers, row numbers and strides."""
+    """One view, a pair, or two pairs as kernels/rows.py has them, as kernel arguments."""
 
-    first: Rows
-    second: Rows
+    x: Rows
+    y: Rows
     count: int
-    index: Tensor | None
+    index: Tensor | None  # (V, P, N)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(P, N, D)."""
-        return self.first.shape
+        return self.x.shape
 
     @property
     def dual(self) -> bool:
@@ -64,18 +95,18 @@ class Views:
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
         """x, y, and the row numbers, or in their place a pointer that is not read."""
-        x, y = self.first.source, self.second.source
+        x, y = self.x.source, self.y.source
         return x, y, x if self.index is None else self.index
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Of x and of y: the steps of problem, row, patch and feature."""
-        return (*_strides(self.first), *_strides(self.second))
+        return (*_strides(self.x), *_strides(self.y))
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What every kernel is compiled for."""
-        return {"VIEWS": self.count, "HAS_INDEX": self.index is not None, "enable_fp_fusion": False}
+        """What every kernel that reads views is compiled for."""
+        return {"VIEWS": self.count, "HAS_INDEX": self.index is not None}
 
 
 def _strides(rows: Rows) -> tuple[int, int, int, int]:
@@ -87,8 +118,11 @@ def _strides(rows: Rows) -> tuple[int, int, int, int]:
 
 
 def views(group: Sequence[tuple[int, Rows]]) -> Views:
-    """A group of one view or of one pair, ready for kernels."""
+    """A group, ready for kernels: one view, the two of a pair, or the four of two pairs that go opposite ways."""
+    sources = [source for source, _ in group]
+    if sources not in ([0], [0, 1], [0, 1, 1, 0]):
+        raise NotImplementedError(f"kernels have no views of sources {sources}")
     rows = [r for _, r in group]
     patches = [r.patch for r in rows if r.patch is not None]
     index = torch.stack(patches).contiguous() if patches else None
-    return Views(rows[0], rows[-1], len(rows), index)
+    return Views(rows[0], rows[min(1, len(rows) - 1)], len(rows), index)

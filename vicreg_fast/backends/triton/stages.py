@@ -1,4 +1,4 @@
-"""The stages that a backend offers, composed for a plan: ``terms`` and ``gradient`` of one view or one pair."""
+"""The stages that a backend offers, composed for a plan: ``terms`` and ``gradient`` of groups of views."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,31 @@ import torch
 from torch import Tensor
 
 from ...multiview import Plan
-from ...rows import uses_dual
+from ...rows import WHOLE
+from ..aten.stages import match as match  # the same on every device, until there is a kernel
+from . import configs, launch
 from . import gradient as _gradient
-from . import gram, launch
+from . import terms as _terms
 
 
-def saved_shapes(
-    plan: Plan, V: int, P: int, N: int, D: int, device: torch.device
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what a group saves besides its inputs: moments, M and the operand that the dual side multiplied."""
-    if uses_dual(P, N, D):
-        return (4, P, V, D), (V * P, N, N), (V, P, N, D)
-    return (3, P, V, D), (V * P, D, D), (0,)
+def saved(
+    plan: Plan, sources: Sequence[Tensor], V: int, P: int, N: int, D: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what a group saves besides its inputs: moments, M and the dual's operand."""
+    products = launch.products(plan.precision, sources, configs.machine(sources[0].device))
+    return _terms.saved(plan, products, V, P, N, D)
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """[weighted inv, var, cov and their sum of every group, then moments, M and operand of every group]."""
     sources = _of_one_type(sources)
-    products = launch.products(plan.precision, sources)
+    machine = configs.machine(sources[0].device)
+    products = launch.products(plan.precision, sources, machine)
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with launch.on_device(sources[0].device):
         for group in plan.groups(sources, indices):
-            found = gram.terms(launch.views(group), plan, products)
+            found = _terms.terms(launch.views(group), plan, products, machine)
             values += found[:4]
             saved += found[4:]
     return [*values, *saved]
@@ -44,14 +46,35 @@ def gradient(
 ) -> list[Tensor]:
     """Gradients of the sources that ``needs`` marks, in their own types."""
     alike = _of_one_type(sources)
-    products = launch.products(plan.precision, alike)
-    (group,) = plan.groups(alike, indices)
+    machine = configs.machine(sources[0].device)
+    products = launch.products(plan.precision, alike, machine)
+    totals: list[Tensor | None] = [None] * len(sources)
     with launch.on_device(sources[0].device):
-        grads = _gradient.gradient(launch.views(group), plan, products, saved, upstream, needs)
+        for number, group in enumerate(plan.groups(alike, indices)):
+            reached = upstream[3 * number : 3 * number + 3]
+            if all(u is None for u in reached):
+                continue
+            views = launch.views(group)
+            found = _gradient.gradient(
+                views, plan, products, machine, saved[3 * number : 3 * number + 3], reached, needs
+            )
+            for source, grads in enumerate(found):
+                if grads is None:
+                    continue
+                if views.index is None:  # rows are the source's own, each once
+                    totals[source] = grads
+                    continue
+                chosen = [rows for which, rows in group if which == source]
+                total = totals[source]
+                if total is None:
+                    shape = chosen[0].source.shape
+                    total = totals[source] = torch.zeros(shape, dtype=grads.dtype, device=grads.device)
+                for rows, grad in zip(chosen, grads, strict=True):
+                    rows.add(total, WHOLE, grad)
     return [
-        grad.view(source.shape).to(source.dtype)
-        for grad, source in zip(grads, sources, strict=True)
-        if grad is not None
+        total.view(source.shape).to(source.dtype)
+        for total, source in zip(totals, sources, strict=True)
+        if total is not None
     ]
 
 

@@ -1,0 +1,67 @@
+"""What becomes of a tile of the smaller side M, and of the sums once every program has left its own.
+
+tile     M and its mirror image into memory, on the operand's grid, for the backward pass; its share of sum M^2
+terms    cov = (sum M^2 - [dual] sum vhat^2) / D, inv, var, their weights and their sum, by the last program alone
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import above_zero, rounded
+
+
+@triton.jit
+def finish_tile(M, row, column, off_diagonal, side, problem, M_ptr, KEEP: tl.constexpr, ROUND: tl.constexpr):
+    """Store rows ``row`` and columns ``column`` of M (problems, side, side); their share of sum M^2, float64."""
+    inside = (row < side)[:, None] & (column < side)[None, :]
+    M = tl.where(inside, M, 0.0)
+    wide = M.to(tl.float64)
+    squares = tl.sum(tl.sum(wide * wide, 1), 0)
+    if KEEP:
+        # float16 has not the range for M: TF32 has its mantissa.
+        kept = rounded(M, "tf32" if ROUND == "fp16" else ROUND)
+        at = M_ptr + problem * side * side
+        tl.store(at + row.to(tl.int64)[:, None] * side + column[None, :], kept, mask=inside)
+        if off_diagonal:
+            tl.store(at + column.to(tl.int64)[None, :] * side + row[:, None], kept, mask=inside)
+    return tl.where(off_diagonal, 2.0 * squares, squares)
+
+
+@triton.jit
+def _sum_of(ptr, count, stride, BLOCK: tl.constexpr):
+    """Sum of ``count`` float64 numbers, in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + at.to(tl.int64) * stride, mask=at < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def finish_terms(
+    found_ptr, found, sums_ptr, sums, ticket_ptr, inv_ptr, var_ptr, cov_ptr, total_ptr,
+    P, N, D, w_inv, w_var, w_cov, VIEWS: tl.constexpr, DUAL: tl.constexpr,
+):  # fmt: skip
+    """Take a ticket; who takes the last one has every program's sums to add up.
+
+    found_ptr (found, 2): sums of M^2 and, primal, of the hinge.  sums_ptr: dual (sums, 3) invariance, hinge and vhat^2;
+    primal (sums,) invariance.  All float64, added in a fixed order, so that two runs agree bit for bit.
+    """
+    tl.debug_barrier()  # all threads have stored before the ticket says so
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        norm = _sum_of(found_ptr, found, 2, 1024)
+        if DUAL:
+            inv = _sum_of(sums_ptr, sums, 3, 1024)
+            hinge = _sum_of(sums_ptr + 1, sums, 3, 1024)
+            norm = above_zero(norm - _sum_of(sums_ptr + 2, sums, 3, 1024))
+        else:
+            inv = _sum_of(sums_ptr, sums, 1, 1024)
+            hinge = _sum_of(found_ptr + 1, found, 2, 1024)
+        count = P.to(tl.float64) * D
+        inv = (inv * w_inv / (count * N * ((VIEWS + 1) // 2))).to(tl.float32)
+        var = (hinge * w_var / (count * VIEWS)).to(tl.float32)
+        cov = (norm * w_cov / (count * VIEWS)).to(tl.float32)
+        tl.store(inv_ptr, inv)
+        tl.store(var_ptr, var)
+        tl.store(cov_ptr, cov)
+        tl.store(total_ptr, inv + var + cov)

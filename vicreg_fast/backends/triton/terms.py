@@ -1,0 +1,158 @@
+"""Launches the forward pass: the smaller side's product and the terms.
+
+Dual: moments, products, and the sum of split products if there are any: two kernels or three.  Primal: products with
+the moments, and their sum: two.  The last kernel weighs and adds the terms.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import combine as combine_kernels
+from ...kernels import gram as gram_kernels
+from ...kernels import moments as moments_kernels
+from ...kernels import second_moment as second_moment_kernels
+from ...multiview import Plan
+from ...rows import FEW_SAMPLES, uses_dual
+from .configs import Machine, Product, Split, pick, split
+from .launch import Products, Views
+
+# Elements of a program of the combination, over all parts that it adds at a time: 16 a thread.
+_COMBINED = 4096
+
+
+def terms(views: Views, plan: Plan, products: Products, machine: Machine) -> list[Tensor]:
+    """[weighted inv, var, cov, their sum, moments, M, operand]; the last three are empty where ``plan.keep`` is not set."""
+    return _Forward(views, plan, products, machine).run()
+
+
+def saved(
+    plan: Plan, products: Products, V: int, P: int, N: int, D: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what the backward pass reads: moments, M and the dual's operand."""
+    dual = uses_dual(P, N, D)
+    shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
+    if plan.keep:
+        shapes = ((4, P, V, D), (V * P, N, N), (V, P, N, D)) if dual else ((3, P, V, D), (V * P, D, D), (0,))
+    types = (torch.float32, products.matrix_type, products.type)
+    return list(zip(shapes, types, strict=True))
+
+
+class _Forward:
+    """The arguments that the kernels of one group's forward pass share."""
+
+    def __init__(self, views: Views, plan: Plan, products: Products, machine: Machine) -> None:
+        self.views, self.plan, self.products, self.machine = views, plan, products, machine
+        self.shape = views.shape
+        self.moments, self.M, self.operand = (
+            self.empty(*shape, dtype=dtype) for shape, dtype in saved(plan, products, views.count, *views.shape)
+        )
+        self.ticket = self.empty(1, dtype=torch.int32)
+        self.outputs = [self.empty() for _ in range(4)]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.views.x.source.device)
+
+    def run(self) -> list[Tensor]:
+        if self.views.dual:
+            self.dual()
+        else:
+            self.primal()
+        return [*self.outputs, self.moments, self.M, self.operand]
+
+    def tiles(self, side: int, config: Product) -> int:
+        """Tiles on and below the diagonal of one M."""
+        count = -(-side // config.tile)
+        return count * (count + 1) // 2
+
+    def dual(self) -> None:
+        views, products, table = self.views, self.products, self.machine.table
+        P, N, D = self.shape
+        V = views.count
+        config = pick(table.moments, N, D)
+        blocks = -(-D // config.columns)
+        sums = self.empty(V * P * blocks, 3, dtype=torch.float64)
+        energy = self.empty(V * P, blocks, N)
+        operand = self.operand if self.plan.keep else self.empty(V, P, N, D, dtype=products.type)
+        moments_kernels._moments_forward_kernel[(V * P * blocks,)](
+            *views.pointers, operand, self.moments, energy, sums, self.ticket,
+            P, N, D, self.plan.gamma, self.plan.eps, *views.strides, **views.constants,
+            KEEP=self.plan.keep, ROUND=products.round, BLOCK_N=config.rows, BLOCK_D=config.columns,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+        product = pick(table.gram[products.kind], N, D)
+        tiles = self.tiles(N, product)
+        parts = split(V * P * tiles, D, product, self.machine.processors, whole_tiles=True)
+        rest = V * P * tiles - parts.whole
+        _, block_r = _combination(product, parts)
+        found = parts.whole + rest * (product.tile // block_r)
+        found_sums = self.empty(found, 2, dtype=torch.float64)
+        partial = self.empty(rest * parts.parts, product.tile, product.tile)
+        gram_kernels._gram_forward_kernel[(parts.programs(V * P * tiles),)](
+            operand, partial, energy, self.M, found_sums, sums, self.ticket, *self.outputs,
+            P, N, D, tiles, *parts, blocks, found, len(sums), *self.plan.weights,
+            VIEWS=V, ROUND=products.round, PRECISION=products.dot, KEEP=self.plan.keep, LAST=rest == 0,
+            BLOCK_M=product.tile, BLOCK_K=product.inner,
+            num_warps=product.warps, num_stages=product.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        if rest:
+            self.combine(product, parts, tiles, partial, energy, energy, found_sums, sums, blocks)
+
+    def primal(self) -> None:
+        views, products, table = self.views, self.products, self.machine.table
+        P, N, D = self.shape
+        V, pairs = views.count, (views.count + 1) // 2
+        product = pick(table.second_moment[products.kind], N, D)
+        tiles = self.tiles(D, product)
+        narrow = tiles == 1
+        programs = pairs * P if narrow else V * P * tiles
+        parts = split(programs, N, product, self.machine.processors, whole_tiles=False)
+        partial = self.empty(V * P * tiles * parts.parts, product.tile, product.tile)
+        sums = self.empty(parts.parts, V * P, 3, D)
+        inv_sums = self.empty(programs * parts.parts if V > 1 else 0, dtype=torch.float64)
+        kernel: Any = second_moment_kernels._second_moment_forward_kernel
+        if narrow:
+            kernel = second_moment_kernels._narrow_second_moment_forward_kernel
+        kernel[(programs * parts.parts,)](
+            *views.pointers, partial, sums, inv_sums, self.ticket,
+            P, N, D, *(() if narrow else (tiles,)), parts.parts, parts.length, *views.strides, **views.constants,
+            ROUND=products.round, TYPE=products.language_type, PRECISION=products.dot, FEW=N < FEW_SAMPLES,
+            BLOCK_M=product.tile, BLOCK_K=product.inner,
+            num_warps=product.warps, num_stages=product.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        _, block_r = _combination(product, parts)
+        found_sums = self.empty(V * P * tiles * (product.tile // block_r), 2, dtype=torch.float64)
+        # Neither is read on this side: energy is the dual's.
+        self.combine(product, parts, tiles, partial, sums, sums, found_sums, inv_sums, 0)
+
+    def combine(
+        self,
+        product: Product,
+        parts: Split,
+        tiles: int,
+        partial: Tensor,
+        sums: Tensor,
+        energy: Tensor,
+        found_sums: Tensor,
+        term_sums: Tensor,
+        blocks: int,
+    ) -> None:
+        """Add the parts of split products; ``sums`` is read on the primal side, ``energy`` on the dual."""
+        P, N, D = self.shape
+        block_c, block_r = _combination(product, parts)
+        strips = len(found_sums) - parts.whole
+        combine_kernels._combine_forward_kernel[(strips,)](
+            partial, sums, energy, self.moments, self.M, found_sums, term_sums, self.ticket, *self.outputs,
+            P, N, D, tiles, *parts, blocks, len(found_sums), len(term_sums),
+            self.plan.gamma, self.plan.eps, *self.plan.weights,
+            VIEWS=self.views.count, DUAL=self.views.dual, ROUND=self.products.round, KEEP=self.plan.keep,
+            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _combination(product: Product, parts: Split) -> tuple[int, int]:
+    """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
+    block_c = 32 if parts.parts > 8 else 4
+    return block_c, min(product.tile, max(1, _COMBINED // (block_c * product.tile)))
