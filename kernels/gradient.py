@@ -24,6 +24,12 @@ def _rows_of(z_ptr, rows, d, stride_d, mask):
     )
 
 
+@triton.jit
+def _halves(g, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(g, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=["P", "first", "step"])
 def _gradient_kernel(
     x_ptr, y_ptr, index_ptr, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr,
@@ -99,17 +105,16 @@ def _gradient_kernel(
     if ((v ^ (v >> 1)) & 1) == 1:
         g_ptr = y_grad_ptr
     g_rows = ((v // 2 * P + p) * N + n) * D
-    # Half the columns at a time where a tile is large: it, z and the other view would not fit the registers together.
-    HALVES: tl.constexpr = 2 if BLOCK_N * BLOCK_D > 8192 else 1
-    HALF: tl.constexpr = BLOCK_D // HALVES
-    g = tl.permute(tl.reshape(g, (BLOCK_N, HALVES, HALF)), (0, 2, 1))
-    if HALVES == 2:
-        left, right = tl.split(g)
-    else:
-        left = tl.reshape(g, (BLOCK_N, BLOCK_D))
-    for half in tl.static_range(HALVES):
-        h = left if half == 0 else right
-        d = d0 + half * HALF + tl.arange(0, HALF)
+    # A quarter of the columns at a time where a tile is large: it, z and the other view would not fit the registers.
+    PIECES: tl.constexpr = 4 if BLOCK_N * BLOCK_D > 4096 else 1
+    PIECE: tl.constexpr = BLOCK_D // PIECES
+    if PIECES == 4:
+        left, right = _halves(g, BLOCK_N, BLOCK_D)
+        a0, a1 = _halves(left, BLOCK_N, BLOCK_D // 2)
+        a2, a3 = _halves(right, BLOCK_N, BLOCK_D // 2)
+    for piece in tl.static_range(PIECES):
+        h = g if PIECES == 1 else a0 if piece == 0 else a1 if piece == 1 else a2 if piece == 2 else a3
+        d = d0 + piece * PIECE + tl.arange(0, PIECE)
         mask = (n < N)[:, None] & (d < D)[None, :]
         z = _rows_of(z_ptr, rows, d, stride_d, mask)
         if VAR or (COV and DUAL):

@@ -9,7 +9,8 @@ in 64 bits throughout: 2.6 million rows of 1024 features pass 2^31.
 Views come in pairs: 0 and 1, 2 and 3.  There are two sources, x and y: views 0 and 3 are rows of x, 1 and 2 rows of y,
 as VICRegL's matches go from x to y and from y to x.  One view alone is a row of x.
 
-An operand is what a product multiplies.  ROUND names its grid: "none" (float32), "tf32", "bf16" or "fp16".
+An operand is what a product multiplies.  ROUND names its grid: "none" (float32), "tf32", "bf16", "fp16", or "bf16_bits",
+which is "bf16" by integer arithmetic, for the interpreter, whose conversions truncate.
 """
 
 import triton
@@ -63,6 +64,10 @@ def rounded(c, ROUND: tl.constexpr):
         return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
     if ROUND == "bf16":
         return c.to(tl.bfloat16).to(tl.float32)
+    if ROUND == "bf16_bits":
+        bits = c.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
     if ROUND == "fp16":
         return (c * 0.5).to(tl.float16).to(tl.float32) * 2.0
     return c

@@ -1,18 +1,33 @@
-"""Fixtures of every test: fixed seeds, and fresh memory that is full of NaN."""
+"""Fixtures of every test: fixed seeds, and fresh memory that is full of NaN.  And which Triton the tests see."""
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-# Triton's own functions are made for the interpreter, or not, when they are defined.  Tests of the kernels say so again
-# (test_triton.py); to all others this is a machine without a GPU.
-os.environ["TRITON_INTERPRET"] = "1"
-with contextlib.suppress(ImportError):
-    import triton  # noqa: F401
-del os.environ["TRITON_INTERPRET"]
+
+def selects_gpu(expression: str) -> bool:
+    """Whether a marker expression (``-m``) asks for the tests that need a GPU."""
+    return re.search(r"\bgpu\b", re.sub(r"\bnot\s+(gpu\b|\([^()]*\))", "", expression)) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's own functions are made for the interpreter, or not, when they are defined: before any test is read."""
+    if selects_gpu(config.option.markexpr):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"-m gpu needs a CUDA or ROCm device; torch {torch.__version__} sees none")
+        os.environ.pop("TRITON_INTERPRET", None)
+        # Without it, deterministic algorithms (poisoned_memory) refuse cuBLAS, which the reference is computed with.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        return
+    # Tests of the kernels say so again (test_triton.py); to all others this is a machine without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +51,19 @@ def poisoned_memory() -> Iterator[None]:
 def one_thread() -> None:
     """Small tensors gain nothing from threads, and on a busy machine waiting for one costs ten times the work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU with the real Triton; eager code multiplies float32 numbers, so what ``precision=None`` means is settled."""
+    if not selects_gpu(request.config.option.markexpr):
+        pytest.skip("needs pytest -m gpu: in this run Triton is an interpreter")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
+def clean_memory(poisoned_memory: None) -> None:
+    """Fresh memory as it is: filling it takes a kernel, and would hide what one launch leaves to the next."""
+    torch.use_deterministic_algorithms(False)

@@ -73,6 +73,7 @@ def _resolved(constants: Sequence[Any], sources: Sequence[Tensor]) -> Plan:
 @torch.library.impl("vicreg_fast::terms", "default")
 def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
     plan = _resolved(constants, sources)
+    backends.require(plan.backend, sources[0].device, [source.dtype for source in sources])
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
 
 

@@ -36,15 +36,16 @@ def _obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None
 
 
 def resolve(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """ "aten" or "triton" for "auto"; others as they are, or an error where they cannot run."""
-    if backend not in ("auto", "triton"):
+    """The backend that "auto" means for tensors of these types on a device; others as they are."""
+    if backend != "auto":
         return backend
-    obstacle = _obstacle(device, dtypes)
-    if obstacle is None:
-        return "triton"
-    if backend == "auto":
-        return "aten"
-    raise ValueError(f"backend='triton' cannot run on {device}: {obstacle}")
+    return "aten" if _obstacle(device, dtypes) else "triton"
+
+
+def require(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise where a backend cannot run on tensors of these types on a device."""
+    if backend == "triton" and (obstacle := _obstacle(device, dtypes)):
+        raise ValueError(f"backend='triton' cannot run on {device}: {obstacle}")
 
 
 def choose(
@@ -67,6 +68,7 @@ def choose(
         return "aten"
     if not torch.compiler.is_compiling():
         backend = resolve(backend, device, dtypes)
+        require(backend, device, dtypes)
     return "aten" if backend in ("auto", "triton") and not covariance else backend
 
 

@@ -1,18 +1,21 @@
 """Which block sizes the kernels run with: a table for each family of GPUs, chosen from by shape, without any search.
 
 Nothing here was measured on a GPU yet: sizes are what the compilation matrix accepts on every target of a family
-(``python -m benchmarks resources``) and what the traffic of each size suggests.  ``VICREG_FAST_AUTOTUNE=1`` measures
-them where the library runs, see tuning.py.
+(``python -m benchmarks resources``) and what the traffic of each size suggests.  ``VICREG_FAST_AUTOTUNE=1`` searches
+where the library runs, see tuning.py.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 # Bytes that the parts of split products may take: 256 parts of 128 x 128.
 WORKSPACE = 16 << 20
+# Numbers that a tensor core may add up.  It truncates its float32 sums: about 0.3 of 2^-24 at each step of 8 or more
+# (arXiv:2203.03341), after 2^16 a third of what rounding to TF32 does.
+LONGEST = 1 << 16
 # Writing and adding a part's tile costs about as much as this many more multiplications of its inner dimension.
 _PART_COST = 256
 
@@ -62,7 +65,7 @@ Rows = Sequence[Row[Config]]
 
 
 class Table(NamedTuple):
-    """A family's rows; of each kind of product where that matters: "fp32" (float32-accurate), "tf32", "half"."""
+    """Rows of each kernel, and of each kind of product: "fp32" (float32-accurate), "tf32", "half"."""
 
     moments: Rows[Moments]
     gram: dict[str, Rows[Product]]
@@ -70,94 +73,129 @@ class Table(NamedTuple):
     gradient: dict[str, Rows[Gradient]]
 
 
-def pick(rows: Rows[Config], N: int, D: int) -> Config:
-    """The first row whose limits hold."""
-    return next(row.config for row in rows if row.samples >= N and row.features >= D)
+class Kind(NamedTuple):
+    """What a kind of product can afford: the largest tile, the inner length of one multiplication, a small tile's warps."""
+
+    largest: int
+    inner: int
+    warps: int = 4
 
 
-def _moments() -> Rows[Moments]:
+def _moments(columns: int) -> Rows[Moments]:
     return (
         Row(16, ANY, Moments(16, 128, warps=4)),
         # Few columns fill the device only in narrow programs; many rows at a time, or each would wait for memory.
-        Row(ANY, 4096, Moments(128, 16)),
-        Row(1024, ANY, Moments(64, 32)),
-        Row(ANY, ANY, Moments(64, 64)),
+        Row(ANY, 4096, Moments(128, 16, warps=4)),
+        Row(1024, ANY, Moments(64, 32, warps=4)),
+        Row(ANY, ANY, Moments(64, columns)),
     )
 
 
-def _gram(inner: int, stages: int, largest: int = 128) -> Rows[Product]:
-    small = (
-        Row(32, ANY, Product(32, inner, 4, stages, resident=4)),
-        Row(512 if largest > 64 else ANY, ANY, Product(64, inner, 4, stages, resident=4)),
+def _gram(kind: Kind, stages: int) -> Rows[Product]:
+    large = kind.largest > 64
+    rows = (
+        Row(32, ANY, Product(32, kind.inner, 4, stages, resident=4)),
+        Row(512 if large else ANY, ANY, Product(64, kind.inner, kind.warps, stages, resident=16 // kind.warps)),
     )
-    return small if largest == 64 else (*small, Row(ANY, ANY, Product(128, inner, 8, stages, resident=1)))
+    return (*rows, Row(ANY, ANY, Product(128, kind.inner, 8, stages, resident=1))) if large else rows
 
 
-def _second_moment(inner: int, stages: int, largest: int = 128) -> Rows[Product]:
-    small = (
-        Row(ANY, 32, Product(32, inner, 4, stages, resident=4)),
-        Row(ANY, 256 if largest > 64 else ANY, Product(64, inner, 8, stages, resident=2)),
+def _second_moment(kind: Kind, stages: int, inner: int) -> Rows[Product]:
+    large = kind.largest > 64
+    rows = (
+        Row(ANY, 32, Product(32, 16, 8, stages=2)),
+        Row(ANY, 256 if large else ANY, Product(64, inner, 8, stages)),
     )
-    return small if largest == 64 else (*small, Row(ANY, ANY, Product(128, inner, 8, stages, resident=1)))
+    return (*rows, Row(ANY, ANY, Product(128, inner, 8, stages, resident=1))) if large else rows
 
 
-def _gradient(inner: int, stages: int, largest: int = 128) -> Rows[Gradient]:
-    small = (
-        Row(32, ANY, Gradient(32, 64, inner, 4, stages)),
-        Row(ANY, 64, Gradient(largest, 64, inner, 8, stages)),
-        Row(128 if largest > 64 else ANY, ANY, Gradient(64, 128, inner, 8, stages)),
+def _gradient(kind: Kind, stages: int, columns: int) -> Rows[Gradient]:
+    large = kind.largest > 64
+    rows = (
+        Row(32, ANY, Gradient(32, 64, kind.inner, 8, stages)),
+        Row(ANY, 64, Gradient(64, columns, kind.inner, 8, stages)),
+        Row(128 if large else ANY, ANY, Gradient(64, 128 if large else columns, kind.inner, 8, stages)),
     )
-    return small if largest == 64 else (*small, Row(ANY, ANY, Gradient(128, 128, inner, 8, stages)))
+    return (*rows, Row(ANY, ANY, Gradient(128, 128, kind.inner, 8, stages))) if large else rows
 
 
-def _table(stages: int, fp32: int, tf32: int, half: int, half_inner: int = 64) -> Table:
-    """Every kernel's rows: stages of the pipeline, the largest tile of each kind of product."""
+def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
+    kinds = {"fp32": fp32, "tf32": tf32, "half": half}
+    # The primal's operands pass through registers: shorter multiplications.
+    short = {name: min(kind.inner, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
-        _moments(),
-        {
-            "fp32": _gram(32, stages, fp32),
-            "tf32": _gram(32, stages, tf32),
-            "half": _gram(half_inner, stages, half),
-        },
-        {
-            # Three products keep twice the operands in registers.
-            "fp32": _second_moment(32 if fp32 == 128 else 16, stages, fp32),
-            "tf32": _second_moment(32, stages, tf32),
-            "half": _second_moment(32, stages, half),
-        },
-        {
-            "fp32": _gradient(32, stages, fp32),
-            "tf32": _gradient(32, stages, tf32),
-            "half": _gradient(half_inner, stages, half),
-        },
+        _moments(columns),
+        gram={name: _gram(kind, stages) for name, kind in kinds.items()},
+        second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
+        gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
     )
 
 
-TABLES = {
-    "sm80": _table(stages=3, fp32=64, tf32=128, half=128),
+class Family(NamedTuple):
+    """Tables of a family of GPUs."""
+
+    aligned: Table
+    odd: Table  # of rows by number or not aligned to 16 elements: each element keeps an address in registers
+
+
+def _large(stages: int) -> Table:
+    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64))
+
+
+def _odd(stages: int) -> Table:
+    return _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), columns=32)
+
+
+FAMILIES = {
+    "sm80": Family(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _odd(3)),
     # 8.6, 8.9, 12.0 and what is not known: the least shared memory.
-    "sm86": _table(stages=2, fp32=64, tf32=64, half=64, half_inner=32),
-    "sm90": _table(stages=3, fp32=128, tf32=128, half=128),
-    "sm100": _table(stages=3, fp32=128, tf32=128, half=128),
-    "gfx942": _table(stages=2, fp32=128, tf32=128, half=128),
-    "gfx950": _table(stages=2, fp32=128, tf32=128, half=128),
+    "sm86": Family(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _odd(2)),
+    "sm90": Family(_large(3), _odd(3)),
+    "sm100": Family(_large(3), _odd(3)),
+    "gfx942": Family(_large(2), _odd(2)),
+    "gfx950": Family(_large(2), _odd(2)),
 }
 
 
 class Machine(NamedTuple):
     """What configurations depend on."""
 
-    family: str  # of TABLES
+    family: str  # of FAMILIES
     processors: int
 
-    @property
-    def table(self) -> Table:
-        """The rows to choose from."""
-        return TABLES[self.family]
+
+class Key(NamedTuple):
+    """What a configuration is chosen by; ``kind`` is empty for kernels without a product."""
+
+    family: str
+    aligned: bool
+    kernel: str  # a field of Table
+    kind: str
+    problems: int  # P times views
+    samples: int
+    features: int
+
+
+# What a search has found for one shape (tuning.py); empty without one.
+found: dict[Key, Any] = {}
+
+
+def choose(key: Key) -> Any:
+    """Moments, Product or Gradient, as the key's kernel takes it."""
+    return found.get(key) or from_table(key)
+
+
+def from_table(key: Key) -> Any:
+    """The table's configuration: of the first row whose limits hold."""
+    family = FAMILIES[key.family]
+    rows = getattr(family.aligned if key.aligned else family.odd, key.kernel)
+    if key.kind:
+        rows = rows[key.kind]
+    return next(row.config for row in rows if row.samples >= key.samples and row.features >= key.features)
 
 
 # The interpreter runs one program after the other: it wants few, and yet products that are split.
-INTERPRETER = Machine("sm90", 4)
+INTERPRETER = Machine("sm90", 1)
 
 
 def family(major: int, minor: int) -> str:
@@ -196,14 +234,15 @@ def split(tiles: int, inner: int, config: Product, processors: int, whole_tiles:
     ``whole_tiles``: a tile that is not split may be left to one program, which finishes it.
     """
     slots = processors * config.resident
-    whole = tiles // slots * slots if whole_tiles else 0
+    least = -(-inner // LONGEST)
+    whole = tiles // slots * slots if whole_tiles and least == 1 else 0
     rest = tiles - whole
     if rest == 0:
         return Split(tiles, 1, inner)
-    room = max(1, WORKSPACE // (4 * config.tile**2) // rest)
+    room = WORKSPACE // (4 * config.tile**2) // rest
     # A part is at least four multiplications long.
-    most = max(1, min(room, inner // (4 * config.inner), -(-4 * slots // rest)))
-    parts = min(range(1, most + 1), key=lambda k: -(-rest * k // slots) * (inner / k + _PART_COST))
+    most = max(least, min(room, inner // (4 * config.inner), -(-4 * slots // rest)))
+    parts = min(range(least, most + 1), key=lambda k: -(-rest * k // slots) * (inner / k + _PART_COST))
     length = -(-inner // (parts * config.inner)) * config.inner
     parts = -(-inner // length)
     if whole_tiles and parts == 1:

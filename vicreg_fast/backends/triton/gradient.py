@@ -7,8 +7,13 @@ from torch import Tensor
 
 from ...kernels import gradient as kernels
 from ...multiview import Plan
-from .configs import Machine, pick
+from .configs import Gradient, Key, Machine, choose
 from .launch import Products, Views
+
+
+def keys(views: Views, products: Products, machine: Machine) -> list[Key]:
+    """What the backward pass's configuration is chosen by."""
+    return [views.key(machine, "gradient", products.gradient_kind)]
 
 
 def gradient(
@@ -27,7 +32,8 @@ def gradient(
     moments, M, operand = saved
     P, N, D = views.shape
     V, pairs = views.count, (views.count + 1) // 2
-    config = pick(machine.table.gradient[products.gradient_kind], N, D)
+    (key,) = keys(views, products, machine)
+    config: Gradient = choose(key)
     u_inv, u_var, u_cov = upstream
     w_inv, w_var, w_cov = plan.weights
     sources = (views.x.source, views.y.source)[: min(V, 2)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import precision
 from ...rows import Rows, uses_dual
-from .configs import Machine
+from .configs import Key, Machine
 
 _LANGUAGE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -59,7 +59,7 @@ def products(plan_precision: str | None, sources: Sequence[Tensor], machine: Mac
     exact = "ieee" if on_cpu or machine.family.startswith("gfx") else "tf32x3"
     if product == "bf16" and on_cpu:
         # Triton's interpreter computes bfloat16 wrong: the same numbers as float32.
-        return Products("bf16", tf32, torch.float32, "tf32")
+        return Products("bf16_bits", tf32, torch.float32, "tf32")
     return {
         "ieee": Products("none", exact, torch.float32, "fp32"),
         "tf32": Products("tf32", tf32, torch.float32, "tf32"),
@@ -91,6 +91,19 @@ class Views:
     def dual(self) -> bool:
         """Whether M is N x N."""
         return uses_dual(*self.shape)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows lie one after the other, each at a multiple of 16 elements."""
+        steps = [stride for rows in (self.x, self.y) for stride in _strides(rows)[:2]]
+        starts = [rows.source.storage_offset() for rows in (self.x, self.y)]
+        unit = all(rows.source.stride(-1) == 1 for rows in (self.x, self.y))
+        return self.index is None and unit and not any(n % 16 for n in (*steps, *starts, self.shape[2]))
+
+    def key(self, machine: Machine, kernel: str, kind: str = "") -> Key:
+        """What the configuration of a kernel is chosen by."""
+        P, N, D = self.shape
+        return Key(machine.family, self.aligned, kernel, kind, P * self.count, N, D)
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The stages that a backend offers, composed for a plan: ``terms`` and ``gradient`` of groups of views."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from ...multiview import Plan
 from ...rows import WHOLE
 from ..aten.stages import match as match  # the same on every device, until there is a kernel
-from . import configs, launch
+from . import configs, launch, tuning
 from . import gradient as _gradient
 from . import terms as _terms
 
@@ -30,7 +31,11 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
     saved: list[Tensor] = []
     with launch.on_device(sources[0].device):
         for group in plan.groups(sources, indices):
-            found = _terms.terms(launch.views(group), plan, products, machine)
+            views = launch.views(group)
+            found = tuning.tuned(
+                functools.partial(_terms.keys, views, products, machine),
+                functools.partial(_terms.terms, views, plan, products, machine),
+            )
             values += found[:4]
             saved += found[4:]
     return [*values, *saved]
@@ -55,8 +60,10 @@ def gradient(
             if all(u is None for u in reached):
                 continue
             views = launch.views(group)
-            found = _gradient.gradient(
-                views, plan, products, machine, saved[3 * number : 3 * number + 3], reached, needs
+            kept = saved[3 * number : 3 * number + 3]
+            found = tuning.tuned(
+                functools.partial(_gradient.keys, views, products, machine),
+                functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, needs),
             )
             for source, grads in enumerate(found):
                 if grads is None:

@@ -15,11 +15,18 @@ from ...kernels import moments as moments_kernels
 from ...kernels import second_moment as second_moment_kernels
 from ...multiview import Plan
 from ...rows import FEW_SAMPLES, uses_dual
-from .configs import Machine, Product, Split, pick, split
+from .configs import Key, Machine, Moments, Product, Split, choose, split
 from .launch import Products, Views
 
-# Elements of a program of the combination, over all parts that it adds at a time: 16 a thread.
-_COMBINED = 4096
+# Of a program of the combination: parts at a time, and elements of a tile; its registers hold both.
+_FEW_PARTS, _MANY_PARTS = (4, 512), (16, 64)
+
+
+def keys(views: Views, products: Products, machine: Machine) -> list[Key]:
+    """What the forward pass's configurations are chosen by: of the moments (dual) and of the product."""
+    if views.dual:
+        return [views.key(machine, "moments"), views.key(machine, "gram", products.kind)]
+    return [views.key(machine, "second_moment", products.kind)]
 
 
 def terms(views: Views, plan: Plan, products: Products, machine: Machine) -> list[Tensor]:
@@ -67,10 +74,11 @@ class _Forward:
         return count * (count + 1) // 2
 
     def dual(self) -> None:
-        views, products, table = self.views, self.products, self.machine.table
+        views, products = self.views, self.products
         P, N, D = self.shape
         V = views.count
-        config = pick(table.moments, N, D)
+        moments_key, product_key = keys(views, products, self.machine)
+        config: Moments = choose(moments_key)
         blocks = -(-D // config.columns)
         sums = self.empty(V * P * blocks, 3, dtype=torch.float64)
         energy = self.empty(V * P, blocks, N)
@@ -82,7 +90,7 @@ class _Forward:
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
-        product = pick(table.gram[products.kind], N, D)
+        product: Product = choose(product_key)
         tiles = self.tiles(N, product)
         parts = split(V * P * tiles, D, product, self.machine.processors, whole_tiles=True)
         rest = V * P * tiles - parts.whole
@@ -101,10 +109,11 @@ class _Forward:
             self.combine(product, parts, tiles, partial, energy, energy, found_sums, sums, blocks)
 
     def primal(self) -> None:
-        views, products, table = self.views, self.products, self.machine.table
+        views, products = self.views, self.products
         P, N, D = self.shape
         V, pairs = views.count, (views.count + 1) // 2
-        product = pick(table.second_moment[products.kind], N, D)
+        (key,) = keys(views, products, self.machine)
+        product: Product = choose(key)
         tiles = self.tiles(D, product)
         narrow = tiles == 1
         programs = pairs * P if narrow else V * P * tiles
@@ -148,11 +157,11 @@ class _Forward:
             P, N, D, tiles, *parts, blocks, len(found_sums), len(term_sums),
             self.plan.gamma, self.plan.eps, *self.plan.weights,
             VIEWS=self.views.count, DUAL=self.views.dual, ROUND=self.products.round, KEEP=self.plan.keep,
-            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8, enable_fp_fusion=False,
+            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def _combination(product: Product, parts: Split) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
-    block_c = 32 if parts.parts > 8 else 4
-    return block_c, min(product.tile, max(1, _COMBINED // (block_c * product.tile)))
+    block_c, elements = _MANY_PARTS if parts.parts > 8 else _FEW_PARTS
+    return block_c, max(1, elements // product.tile)

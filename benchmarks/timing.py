@@ -1,0 +1,326 @@
+"""Time and memory of calls on a device: events, eviction of the cache, CUDA graphs, interleaved rounds.
+
+Two modes.  *launch*: Python calls the loss while the device is idle, so that what the device waits for the host is part
+of the time, as for a caller who waits for the result.  *graph*: the same kernels replayed as CUDA graphs; the host is
+ahead and the time is the device's alone.
+
+Inputs rotate over several sets, and before every timed call more is read than the L2 cache holds.  Rotation alone would
+need thousands of sets at 64 x 64.  It is read, not written, because a dirty cache is written back in the time of the
+call that follows; and reading four times 50 MB, 67 microseconds at 3 TB/s, keeps the device busy while the host
+enqueues two graphs behind it.  A graph has fixed addresses: one is captured for each set, because copying a set to those
+addresses would leave it in the cache.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .providers import Inputs, Losses, products_of
+
+Call = Callable[[], object]
+_CPU_CACHE = 1 << 25  # no interface tells a CPU's: 32 MiB, a common size of the last level
+
+
+class Effort(NamedTuple):
+    """How long a mode of a case is timed: rounds until the seconds are over, at least and at most so many."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+FULL, QUICK = Effort(7, 200, 3.0), Effort(3, 20, 0.3)
+
+
+class Times(NamedTuple):
+    """Seconds of the calls of one repetition, each on the device and on the host until it returned."""
+
+    device: list[float]
+    host: list[float]
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device has events, graphs and an L2 cache that torch tells of."""
+    return device.type == "cuda"
+
+
+class Bench:
+    """A device with its clock and its cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = is_gpu(device)
+        self.cache_bytes = _CPU_CACHE
+        if self.on_gpu:
+            torch.cuda.set_device(device)
+            self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            # Four times over: replacement is not strictly of the oldest.
+            self._evictor = torch.ones(self.cache_bytes, device=device)
+            self._sink = torch.empty((), device=device)
+            self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
+            # Captures warm up on the stream that they are made on: cuBLAS has a workspace for every stream.
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for mark in self._marks:  # the first record creates the event
+                mark.record()
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def free(self) -> None:
+        """Give memory back that nobody uses."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def time(self, calls: Sequence[Call], idle: bool) -> Times:
+        """Up to two calls, one after the other; ``idle``: the device waits for the first."""
+        host: list[float] = []
+        if self.on_gpu:
+            torch.sum(self._evictor, 0, out=self._sink)
+            if idle:
+                self.synchronize()
+            self._marks[0].record()
+        for number, call in enumerate(calls, start=1):
+            start = time.perf_counter()
+            call()
+            host.append(time.perf_counter() - start)
+            if self.on_gpu:
+                self._marks[number].record()
+        if not self.on_gpu:
+            return Times(host, host)
+        self.synchronize()
+        marks = self._marks[: len(calls) + 1]
+        return Times([a.elapsed_time(b) * 1e-3 for a, b in pairwise(marks)], host)
+
+    def peak_bytes(self, call: Call) -> int:
+        """Most bytes allocated at once during a call beyond those before it."""
+        if not self.on_gpu:
+            return memory.peak_bytes(call)
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        call()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def sets(self, set_bytes: int) -> int:
+        """How many sets of inputs exceed the cache; two at least, so that they rotate, four at most."""
+        return min(4, max(2, self.cache_bytes // set_bytes + 2))
+
+
+class Step:
+    """A training step of a loss on one set of inputs, warmed up.
+
+    The upstream gradient is given: making it is not the loss's work.  Gradients are not accumulated: embeddings are no
+    leaves.
+    """
+
+    def __init__(self, losses: Losses, inputs: Inputs) -> None:
+        self._losses, self.inputs = losses, inputs
+        self.loss: Tensor | None = None
+        self.gradients: tuple[Tensor, ...] = ()
+        self._upstream: Tensor | None = None
+        self.both()
+        self._upstream = None if self.loss is None else torch.ones_like(self.loss)
+        self.clear()
+
+    def forward(self) -> None:
+        """The value, and what is kept for the backward pass."""
+        self.loss = self._losses(*self.inputs)["loss"]
+
+    def backward(self) -> None:
+        """The gradients of both views."""
+        assert self.loss is not None
+        self.gradients = torch.autograd.grad(self.loss, self.inputs, self._upstream)
+
+    def both(self) -> None:
+        """Forward and backward."""
+        self.forward()
+        self.backward()
+
+    def clear(self) -> None:
+        """Free the results."""
+        self.loss, self.gradients = None, ()
+
+
+class Outputs(NamedTuple):
+    """Where a captured step leaves its results."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+class Graphs:
+    """A step as CUDA graphs: forward, backward, and both in one.
+
+    Graphs of one pool share memory: a backward pass is replayed right after its forward pass, never later.
+    """
+
+    def __init__(self, step: Step, pool: Any, stream: torch.cuda.Stream) -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step.both()
+        step.clear()
+        self.forward, self.backward, self.both = (torch.cuda.CUDAGraph() for _ in range(3))
+        with torch.cuda.graph(self.forward, pool=pool, stream=stream):
+            step.forward()
+        with torch.cuda.graph(self.backward, pool=pool, stream=stream):
+            step.backward()
+        self._in_parts = _outputs(step)
+        with torch.cuda.graph(self.both, pool=pool, stream=stream):
+            step.both()
+        self._at_once = _outputs(step)
+
+    def replayed(self) -> list[Outputs]:
+        """Results of both ways, written over NaN: a graph that leaves work out is seen."""
+        with torch.no_grad():  # a gradient may be a view, which autograd lets nobody else write to
+            for outputs in (self._in_parts, self._at_once):
+                for tensor in (outputs.loss, *outputs.gradients):
+                    tensor.fill_(torch.nan)
+        self.forward.replay()
+        self.backward.replay()
+        self.both.replay()
+        torch.cuda.synchronize()
+        return [self._in_parts, self._at_once]
+
+    def forget(self) -> None:
+        """Let other graphs of the pool have the results' memory."""
+        del self._in_parts, self._at_once
+
+
+def _outputs(step: Step) -> Outputs:
+    assert step.loss is not None
+    outputs = Outputs(step.loss.detach(), step.gradients)
+    step.clear()
+    return outputs
+
+
+@contextmanager
+def collected() -> Iterator[None]:
+    """Collect Python's garbage now and not inside.
+
+    A collection takes longer than a call, and one that destroys a graph while another is captured may end the capture.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def launched(bench: Bench, steps: Sequence[Step]) -> Callable[[int], dict[str, Times]]:
+    """What times a step in mode launch, by the number of the round."""
+
+    def run(number: int) -> dict[str, Times]:
+        step = steps[number % len(steps)]
+        times = bench.time([step.forward, step.backward], idle=True)
+        step.clear()
+        return _parts(times, Times([sum(times.device)], [sum(times.host)]))
+
+    return run
+
+
+def replayed(bench: Bench, graphs: Sequence[Graphs]) -> Callable[[int], dict[str, Times]]:
+    """What times a step in mode graph, by the number of the round."""
+
+    def run(number: int) -> dict[str, Times]:
+        graph = graphs[number % len(graphs)]
+        parts = bench.time([graph.forward.replay, graph.backward.replay], idle=False)
+        return _parts(parts, bench.time([graph.both.replay], idle=False))
+
+    return run
+
+
+def _parts(parts: Times, both: Times) -> dict[str, Times]:
+    forward, backward = (Times([d], [h]) for d, h in zip(*parts, strict=True))
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[int], dict[str, Times]]],
+    effort: Effort,
+    attempt: Callable[[str, Call], bool],
+) -> dict[str, dict[str, Times]]:
+    """Seconds of every part of every run, in rounds in which each has its turn.
+
+    Who begins changes from round to round, and the first round is not counted.  ``attempt`` makes a call in a run's
+    name and says whether it went well; a run that fails has no further turn and no times.
+    """
+    samples: dict[str, list[dict[str, Times]]] = {name: [] for name in runs}
+    with collected():
+        begin, rounds = time.perf_counter(), -1
+        while samples and (
+            rounds < effort.least or (rounds < effort.most and time.perf_counter() - begin < effort.seconds)
+        ):
+            rounds += 1
+            names = list(samples)
+            first = rounds % len(names)
+            for name in names[first:] + names[:first]:
+                if not attempt(name, partial(_take, samples[name], runs[name], rounds)):
+                    del samples[name]
+    return {
+        name: {part: _joined([round_[part] for round_ in taken[1:]]) for part in taken[0]}
+        for name, taken in samples.items()
+    }
+
+
+def _take(samples: list[dict[str, Times]], run: Callable[[int], dict[str, Times]], number: int) -> None:
+    samples.append(run(number))
+
+
+def _joined(times: Sequence[Times]) -> Times:
+    return Times([t.device[0] for t in times], [t.host[0] for t in times])
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The median, and what a fifth and four fifths of the values do not exceed."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else list(values) * 4
+    return {"q20": fifths[0], "median": statistics.median(values), "q80": fifths[3]}
+
+
+def _median(bench: Bench, call: Call, repetitions: int = 15) -> float:
+    for _ in range(3):
+        call()
+    return statistics.median(bench.time([call], idle=False).device[0] for _ in range(repetitions))
+
+
+def _copy_rate(bench: Bench, size: int) -> float:
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    return 2 * size / _median(bench, lambda: target.copy_(source))
+
+
+def _product_rate(bench: Bench, side: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    with products_of("high", bench.device):
+        return 2 * side**3 / _median(bench, lambda: torch.mm(a, b, out=out))
+
+
+def ceilings(bench: Bench) -> dict[str, Any]:
+    """What this device reaches at best: bytes per second of a copy, operations per second of products.
+
+    Bytes are those read and those written; a multiplication and an addition are two operations.  On random numbers:
+    products of zeros take less power and are faster.
+    """
+    size, side = (min(1 << 30, torch.cuda.mem_get_info()[0] // 4), 8192) if bench.on_gpu else (1 << 26, 1024)
+    copy = _copy_rate(bench, size)
+    float32 = _product_rate(bench, side, torch.float32)
+    rates = {"bf16": float32, "high": float32, "highest": float32}  # a CPU multiplies all in float32
+    if bench.on_gpu:
+        # Three products of TF32 operands are accurate to float32.
+        rates |= {"bf16": _product_rate(bench, side, torch.bfloat16), "highest": float32 / 3}
+    return {"copy_bytes": size, "copy_bytes_per_s": copy, "product_side": side, "operations_per_s": rates}

@@ -1,0 +1,157 @@
+"""The rule of data.py for kernels whose products may round their operands, on any device, and the kinds of them.
+
+Against float64: twice the error of eager float32 on the same device, plus floors.  Two of them are a kernel's own:
+operands may be rounded, and tensor cores truncate their float32 sums.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicreg_fast import functional, reference
+from vicreg_fast.rows import uses_dual
+
+from .data import TERMS, Evaluated, U, evaluate
+
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+TF32, BF16 = 2.0**-11, 2.0**-9  # unit roundoffs, to nearest: 11 bits (float16 has as many) and 8
+# Type of the inputs, precision, unit roundoff of the products' operands; 0: as good as float32.
+KINDS = {
+    "highest": (SINGLE, "highest", 0.0),
+    "high": (SINGLE, "high", TF32),
+    "medium": (SINGLE, "medium", BF16),
+    "float16": (HALF, None, TF32),
+    "float16-highest": (HALF, "highest", 0.0),
+    "bfloat16": (BFLOAT, None, BF16),
+    "bfloat16-highest": (BFLOAT, "highest", 0.0),
+}
+
+
+def covering_pairs(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Combinations in which every two values of different axes meet; a tenth or so of all there are."""
+    names = list(axes)
+    left = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
+    }
+
+    def met(numbers: Sequence[int]) -> set[Any]:
+        return set(itertools.combinations(enumerate(numbers), 2))
+
+    everything = list(itertools.product(*(range(len(values)) for values in axes.values())))
+    chosen = []
+    while left:
+        best = max(everything, key=lambda numbers: len(left & met(numbers)))
+        left -= met(best)
+        chosen.append({name: axes[name][i] for name, i in zip(names, best, strict=True)})
+    return chosen
+
+
+def pair(*shape: int, dtype: torch.dtype = SINGLE, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Two views that resemble each other, each a leaf that needs a gradient."""
+    x = 0.7 * torch.randn(shape, dtype=torch.float64)
+    y = x + 0.1 * torch.randn(shape, dtype=torch.float64)
+    return x.to(device, dtype).requires_grad_(), y.to(device, dtype).requires_grad_()
+
+
+def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert [torch.equal(f, e) for f, e in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+def twice(error: Tensor) -> float:
+    """What eager code's error allows; nothing where it overflows."""
+    return 2 * float(error) if error.isfinite() else 0.0
+
+
+def truncated(length: int, device: torch.device) -> float:
+    """How far tensor cores' truncation may take a sum of so many numbers from itself; see Floors."""
+    return U / 2 * min(length, 1024) if device.type != "cpu" else 0.0
+
+
+class Floors:
+    """What rounding may do to a view's covariance term and its gradient, besides what it does to eager code.
+
+    float32's own: as in data.py.
+
+    Tensor cores add float32 numbers and truncate (arXiv:2203.03341): 3 products a step of 8 in tf32x3, each off by 0.7 u
+    of a running sum that is on average 2/3 of the last, always towards zero: 0.18 u a number that is added.  Allowed:
+    u / 2 of up to 1024 numbers, and in a square twice that; who adds more adds them in parts.
+
+    Operands rounded to ``unit``: each is off by at most that much of itself, and independently of the others, so the
+    effects' squares add up.  On average a rounding is off by 0.4 units, and two of them by 0.6: over many elements the
+    norm of the effects stays below one unit's, a quarter more where they are few; of a single number, 4 units are six
+    standard deviations.  With o = c + e the operand, a = 4 / (D (N-1)), R = (c^2)'(c^2) / (N-1)^2 and
+    s_n = |c_n|^2 / (N-1), by which e_n itself is multiplied:
+
+        value     a (c C0) e, the gradient times e, to first order; |e'c + c'e|^2 / (N-1)^2 / D to second, which is
+                  2 unit^2 |s|^2 / D
+        gradient  a [e C0 + c (e'c + c'e) / (N-1)]: the squares add up to unit^2 [c^2 C0^2 + 2 c^2 R + c^2 s^2]; and M,
+                  where it is rounded as an operand in turn: c^2 C0^2 primal, c^2 R + c^2 s^2 dual
+    """
+
+    def __init__(self, z: Tensor, unit: float, grad: Tensor) -> None:
+        """z (..., N, D); ``grad``, the covariance term's true gradient: for its value."""
+        N, D = z.shape[-2:]
+        P = math.prod(z.shape[:-2])
+        dual = uses_dual(P, N, D)
+        z = z.detach().double()
+        c = z - z.mean(-2, keepdim=True)
+        C = c.mT @ c / (N - 1)
+        v = C.diagonal(dim1=-2, dim2=-1)
+        C0 = C - v.diag_embed()
+        s = c.square().sum(-1) / (N - 1)
+        R = c.square().mT @ c.square() / (N - 1) ** 2
+        share = 1 / (2 * P * D)  # of one problem of one view in the term
+
+        norm, diagonal, energy = (float(m.square().sum()) for m in (C, v, s))
+        multiplied = norm - energy if dual else float(C0.square().sum())
+        self.value = share * (4 * U * norm if dual else 8 * U**2 * N * D * diagonal)
+        self.value += share * truncated(D if dual else N, z.device) * 2 * max(multiplied, 0.0)
+        self.value += 4 * unit * float((c * grad).norm()) + share * 2 * unit**2 * energy
+
+        a = 4 * share / (N - 1)
+        self.gradient = 16 * U * a * float((c * v.unsqueeze(-2)).norm())
+        self.gradient += (
+            (truncated(N, z.device) + truncated(D, z.device)) * a * float((c @ (C if dual else C0)).norm())
+        )
+        squares = c.square() @ (2 * C0.square() + 3 * R) + 2 * c.square() * s.square().unsqueeze(-1)
+        # Of two samples, the roundings are each other's negative, and so are their effects.
+        self.gradient += (1.25 if N > 2 else 2.5) * unit * a * float(squares.sum().sqrt())
+
+
+def scaled(
+    function: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor, eps: float, scale: float
+) -> Evaluated:
+    """As evaluate; gradients pass through the inputs' type ``scale`` times as large, as with a GradScaler."""
+    values, grads = evaluate(lambda *z, **options: [v * scale for v in function(*z, **options)], x, y, eps)
+    return values / scale, [[g / scale for g in both] for both in grads]
+
+
+def assert_parity(
+    x: Tensor, y: Tensor, precision: str | None, unit: float, eps: float = 0.0, scale: float = 1.0
+) -> None:
+    """error(fast) <= 2 * error(eager float32) + floors, for the value and the gradients of each term."""
+    truth, truth_grads = evaluate(reference.vicreg_terms, x.double(), y.double(), eps)
+    eager, eager_grads = evaluate(reference.vicreg_terms, x.float(), y.float(), eps)
+    triton = partial(functional.vicreg_terms, backend="triton", precision=precision)
+    fast, fast_grads = scaled(triton, x, y, eps, scale)
+    assert all(g.shape == x.shape for both in fast_grads for g in both)
+    floors = [Floors(z, unit, t) for z, t in zip((x, y), truth_grads[2], strict=True)]
+    for k, name in enumerate(TERMS):
+        floor = {"inv": 8 * U * truth[k], "var": 8 * U, "cov": 8 * U * truth[k] + sum(f.value for f in floors)}
+        allowed = twice((eager[k] - truth[k]).abs()) + floor[name] + 2.0**-149
+        assert abs(fast[k] - truth[k]) <= allowed, name
+        for z, g, e, t, f in zip((x, y), fast_grads[k], eager_grads[k], truth_grads[k], floors, strict=True):
+            finfo = torch.finfo(z.dtype)
+            # A few roundings of float32; once to the input's type; what lies below its smallest numbers.
+            rounding = (8 * U + (finfo.eps / 2 if z.dtype != SINGLE else 0.0)) * t.norm()
+            underflow = (torch.finfo(SINGLE).tiny + finfo.tiny * finfo.eps / 2 / scale) * t.numel() ** 0.5
+            allowed = twice((e - t).norm()) + rounding + underflow + (f.gradient if name == "cov" else 0.0)
+            assert (g - t).norm() <= allowed, f"gradient of {name}"

@@ -1,0 +1,106 @@
+"""Search for configurations where the library runs: ``VICREG_FAST_AUTOTUNE=1``.
+
+The first call with a new shape tries every candidate of each of its kernels, in minutes; what was fastest is used from
+then on and written to a file, ``VICREG_FAST_AUTOTUNE_FILE`` or ``~/.cache/vicreg_fast/configs.jsonl``, from which later
+processes with the variable set read it.  A line is a row for the tables of configs.py: its key, its configuration, and the
+milliseconds that the pass took with it and with the table's own.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from . import configs
+
+Result = TypeVar("Result")
+
+_CONFIGS = {
+    "moments": configs.Moments,
+    "gram": configs.Product,
+    "second_moment": configs.Product,
+    "gradient": configs.Gradient,
+}
+_read: set[Path] = set()
+
+
+def enabled() -> bool:
+    """Whether a search is asked for."""
+    return os.environ.get("VICREG_FAST_AUTOTUNE", "0") not in ("", "0")
+
+
+def file() -> Path:
+    """Where rows are written to and read from."""
+    given = os.environ.get("VICREG_FAST_AUTOTUNE_FILE")
+    return Path(given) if given else Path.home() / ".cache" / "vicreg_fast" / "configs.jsonl"
+
+
+def tuned(keys: Callable[[], list[configs.Key]], run: Callable[[], Result]) -> Result:
+    """``run()``, with the fastest configuration of every key where a search is asked for."""
+    if not enabled():
+        return run()
+    if file() not in _read:
+        _read.add(file())
+        configs.found.update(rows())
+    # A search synchronises, which a graph that is being captured must not.
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        for key in keys():
+            if key not in configs.found:
+                _search(key, run)
+    return run()
+
+
+def rows() -> dict[configs.Key, Any]:
+    """The rows of the file, the last for a key first of all; none where there is no file."""
+    if not file().exists():
+        return {}
+    lines = [json.loads(line) for line in file().read_text().splitlines()]
+    return {configs.Key(*line["key"]): _CONFIGS[line["key"][2]](**line["config"]) for line in lines}
+
+
+def candidates(kernel: str) -> Iterator[Any]:
+    """Every configuration that a search tries."""
+    if kernel == "moments":
+        for rows, columns, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
+            if 1024 <= rows * columns <= 8192:
+                yield configs.Moments(rows, columns, warps)
+    elif kernel == "gradient":
+        tiles = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
+        for (rows, columns), inner, warps, stages in itertools.product(tiles, (16, 32, 64), (4, 8), (2, 3, 4)):
+            yield configs.Gradient(rows, columns, inner, warps, stages)
+    else:
+        for tile, inner, warps, stages in itertools.product((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)):
+            for resident in (1, 2, 4) if tile < 128 else (1, 2):
+                yield configs.Product(tile, inner, warps, stages, resident)
+
+
+def _search(key: configs.Key, run: Callable[[], object]) -> None:
+    """Find the fastest configuration of a key, use it from now on, and write it down."""
+    before = _milliseconds(run)
+    best, fastest = None, before
+    for candidate in candidates(key.kernel):
+        configs.found[key] = candidate
+        try:
+            time = _milliseconds(run)
+        except OutOfResources:  # too much shared memory or too many registers for this device
+            continue
+        if time < fastest:
+            best, fastest = candidate, time
+    del configs.found[key]
+    if best is None:
+        best = configs.from_table(key)
+    configs.found[key] = best
+    line = {"key": key, "config": best._asdict(), "ms": fastest, "table_ms": before}
+    file().parent.mkdir(parents=True, exist_ok=True)
+    with file().open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    return float(do_bench(run, warmup=5, rep=20, return_mode="median"))
