@@ -120,11 +120,15 @@ def _second_moment_forward_kernel(
 def _accumulate(
     z, s, mask, acc, t, q, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, FEW: tl.constexpr
 ):  # fmt: skip
-    """(acc, t, q) with the rows z (BLOCK_K, BLOCK_M) added."""
+    """(acc, t, q) with the rows z (BLOCK_K, BLOCK_M) added; t, and q but of few rows, is summed over rows at the end."""
     a = tl.where(mask, z - s[None, :], 0.0)
-    wide = a.to(tl.float64 if FEW else tl.float32)
+    if FEW:
+        wide = a.to(tl.float64)
+        q += tl.sum(wide * wide, 0)
+    else:
+        q += a * a
     o = stored(rounded(a, ROUND), ROUND).to(TYPE)
-    return tl.dot(tl.trans(o), o, acc, input_precision=PRECISION), t + a, q + wide * wide
+    return tl.dot(tl.trans(o), o, acc, input_precision=PRECISION), t + a, q
 
 
 @triton.jit(do_not_specialize=["P", "parts"])
@@ -165,7 +169,7 @@ def _narrow_second_moment_forward_kernel(
     )
     first_acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     first_t = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    first_q = tl.zeros((BLOCK_K, BLOCK_M), tl.float64 if FEW else tl.float32)
+    first_q = tl.zeros((BLOCK_M,), tl.float64) if FEW else tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if VIEWS > 1:
         second_s = _provisional_centre(
             second_columns, n, end, N, p, second_index, second_p, second_n, second_i, d < D, HAS_INDEX
@@ -195,9 +199,11 @@ def _narrow_second_moment_forward_kernel(
     problem = (v * P + p).to(tl.int64)
     tl.store(product_ptr + (problem * parts + k) * BLOCK_M * BLOCK_M + square, first_acc * scale)
     at = k.to(tl.int64) * problems + problem
-    _store_sums(sums_ptr, at, d, D, first_s, tl.sum(first_t, 0), tl.sum(first_q, 0))
+    _store_sums(sums_ptr, at, d, D, first_s, tl.sum(first_t, 0), first_q if FEW else tl.sum(first_q, 0))
     if VIEWS > 1:
         problem += P
         tl.store(product_ptr + (problem * parts + k) * BLOCK_M * BLOCK_M + square, second_acc * scale)
-        _store_sums(sums_ptr, at + P, d, D, second_s, tl.sum(second_t, 0), tl.sum(second_q, 0))
+        _store_sums(
+            sums_ptr, at + P, d, D, second_s, tl.sum(second_t, 0), second_q if FEW else tl.sum(second_q, 0)
+        )
         tl.store(inv_sums_ptr + program, tl.sum(tl.sum(difference, 1).to(tl.float64)))

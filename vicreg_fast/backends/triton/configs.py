@@ -103,7 +103,7 @@ def _gram(kind: Kind, stages: int) -> Rows[Product]:
 def _second_moment(kind: Kind, stages: int, inner: int) -> Rows[Product]:
     large = kind.largest > 64
     rows = (
-        Row(ANY, 32, Product(32, 16, 8, stages=2)),
+        Row(ANY, 32, Product(32, 16, 4, stages=2, resident=4)),
         Row(ANY, 256 if large else ANY, Product(64, inner, 8, stages)),
     )
     return (*rows, Row(ANY, ANY, Product(128, inner, 8, stages, resident=1))) if large else rows
