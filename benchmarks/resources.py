@@ -102,7 +102,8 @@ class Resources(NamedTuple):
     defects: tuple[str, ...]
 
 
-def _machine(target: str) -> configs.Machine:
+def machine(target: str) -> configs.Machine:
+    """What configurations are chosen by on a target."""
     backend, arch = target.split(":")
     name = configs.family(*divmod(int(arch), 10)) if backend == "cuda" else arch
     return configs.Machine(name, 132 if backend == "cuda" else 304)
@@ -150,7 +151,7 @@ def _run(plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 def variants(target: str) -> Iterator[Variant]:
     """Every different variant that the library launches on a target, for SHAPES, types, precisions and kinds of views."""
-    machine = _machine(target)
+    gpu = machine(target)
     seen: dict[str, Variant] = {}
 
     def take_down(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -161,9 +162,9 @@ def variants(target: str) -> Iterator[Variant]:
     with (
         FakeTensorMode(),
         mock.patch.object(JITFunction, "run", take_down),
-        mock.patch.object(configs, "machine", lambda device: machine),
-        mock.patch.object(launch, "on_device", lambda device: nullcontext()),
-        mock.patch.object(Rows, "add", lambda *_: None),  # ATen's, and not for tensors without a device
+        mock.patch.object(configs, "machine", return_value=gpu),
+        mock.patch.object(launch, "on_device", return_value=nullcontext()),
+        mock.patch.object(Rows, "add", return_value=None),  # ATen's, and not for tensors without a device
     ):
         for shape in SHAPES:
             for dtype in DTYPES.values():

@@ -91,9 +91,9 @@ def evaluate(losses: dict[str, Tensor], maps: list[Tensor], create_graph: bool =
     return {name: value.detach().double() for name, value in losses.items()}, gradients
 
 
-def unweighted(m: int, statistics: str, order: str) -> Callable[..., dict[str, Tensor]]:
+def unweighted(m: int, statistics: str, order: str, backend: str = "aten") -> Callable[..., dict[str, Tensor]]:
     """The local part of the loss, as a function of maps and locations."""
-    loss = VICRegLLoss(m, 0.0, 1.0, 1.0, 1.0, statistics=statistics, match_order=order, backend="aten")
+    loss = VICRegLLoss(m, 0.0, 1.0, 1.0, 1.0, statistics=statistics, match_order=order, backend=backend)
 
     def function(*given: Tensor) -> dict[str, Tensor]:
         losses = loss.local_loss(*given)
@@ -169,11 +169,36 @@ def test_float64_is_exact(
 @every_order
 @every_case
 def test_float32_is_as_good_as_eager(shape: Shape, C: int, shared: bool, order: str, statistics: str) -> None:
+    assert_as_good_as_eager(shape, C, shared, order, statistics, "aten")
+
+
+# Not every case: a launch takes a third of a second.
+@pytest.mark.parametrize(
+    ("case", "statistics", "order"),
+    [
+        ("some of 9 patches, 16 channels", "image", "distance"),
+        ("some of 9 patches, 16 channels", "slot", "patch"),
+        ("some of 9 patches, one candidate", "image", "patch"),
+        ("all of 9 patches, 3 channels", "slot", "distance"),
+        ("2 images, 512 channels", "image", "distance"),
+    ],
+)
+def test_kernels_are_as_good_as_eager(
+    case: str, statistics: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert_as_good_as_eager(*CASES[case], order, statistics, "triton")
+
+
+def assert_as_good_as_eager(
+    shape: Shape, C: int, shared: bool, order: str, statistics: str, backend: str
+) -> None:
     given = inputs(shape, C, shared)
     options = shape.m, statistics, order
     truth, truth_grads = eager([z.double() for z in given], *options)
     rough, rough_grads = eager(given, *options)
-    found, found_grads = fast(given, *options)
+    found, found_grads = fast(given, *options, backend)
     P, N = shape.problems(statistics)
     for part in PARTS:
         size = sizes(given, part, *options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from . import configs
@@ -46,8 +46,8 @@ def tuned(keys: Callable[[], list[configs.Key]], run: Callable[[], Result]) -> R
     if not enabled():
         return run()
     if file() not in _read:
-        _read.add(file())
         configs.found.update(rows())
+        _read.add(file())
     # A search synchronises, which a graph that is being captured must not.
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         for key in keys():
@@ -57,11 +57,18 @@ def tuned(keys: Callable[[], list[configs.Key]], run: Callable[[], Result]) -> R
 
 
 def rows() -> dict[configs.Key, Any]:
-    """The rows of the file, the last for a key first of all; none where there is no file."""
-    if not file().exists():
-        return {}
-    lines = [json.loads(line) for line in file().read_text().splitlines()]
-    return {configs.Key(*line["key"]): _CONFIGS[line["key"][2]](**line["config"]) for line in lines}
+    """The rows of the file, the last one of each key; none where there is no file."""
+    found = {}
+    if file().exists():
+        for number, line in enumerate(file().read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                found[configs.Key(*row["key"])] = _CONFIGS[row["key"][2]](**row["config"])
+            except (ValueError, TypeError, LookupError) as error:
+                raise ValueError(
+                    f"{file()}, line {number}, is no row of a search; delete the file or unset VICREG_FAST_AUTOTUNE"
+                ) from error
+    return found
 
 
 def candidates(kernel: str) -> Iterator[Any]:
@@ -83,18 +90,18 @@ def candidates(kernel: str) -> Iterator[Any]:
 def _search(key: configs.Key, run: Callable[[], object]) -> None:
     """Find the fastest configuration of a key, use it from now on, and write it down."""
     before = _milliseconds(run)
-    best, fastest = None, before
-    for candidate in candidates(key.kernel):
-        configs.found[key] = candidate
-        try:
-            time = _milliseconds(run)
-        except OutOfResources:  # too much shared memory or too many registers for this device
-            continue
-        if time < fastest:
-            best, fastest = candidate, time
-    del configs.found[key]
-    if best is None:
-        best = configs.from_table(key)
+    best, fastest = configs.from_table(key), before
+    try:
+        for candidate in candidates(key.kernel):
+            configs.found[key] = candidate
+            try:
+                time = _milliseconds(run)
+            except (OutOfResources, PTXASError):  # more shared memory or registers than this device has
+                continue
+            if time < fastest:
+                best, fastest = candidate, time
+    finally:  # an interrupted search leaves nothing behind
+        configs.found.pop(key, None)
     configs.found[key] = best
     line = {"key": key, "config": best._asdict(), "ms": fastest, "table_ms": before}
     file().parent.mkdir(parents=True, exist_ok=True)
