@@ -79,7 +79,7 @@ def _combine_forward_kernel(
             )
         M = tl.sum(acc, 0) / (N - 1)
         if i == j:
-            M = with_diagonal(M, row, column, energy_ptr, problem, blocks, N, BLOCK_R, 16)
+            M = with_diagonal(M, row, column, energy_ptr, problem, blocks, N, BLOCK_R)
     else:
         problems = tl.num_programs(0) // STRIPS // tiles
         base_r, mean_r = _column_mean(sums_ptr, problem, problems, row, D, N, length, parts, BLOCK_R, BLOCK_C)

@@ -28,13 +28,20 @@ def finish_tile(M, row, column, off_diagonal, side, problem, M_ptr, KEEP: tl.con
 
 
 @triton.jit
-def _sum_of(ptr, count, stride, BLOCK: tl.constexpr):
-    """Sum of ``count`` float64 numbers, in a fixed order."""
-    total = tl.zeros((BLOCK,), tl.float64)
+def _sums_of(ptr, count, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the first columns, three at most, of (count, COLUMNS) float64 numbers, in a fixed order."""
+    a = tl.zeros((BLOCK,), tl.float64)
+    b = tl.zeros((BLOCK,), tl.float64)
+    c = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        total += tl.load(ptr + at.to(tl.int64) * stride, mask=at < count, other=0.0)
-    return tl.sum(total)
+        row = ptr + at.to(tl.int64) * COLUMNS
+        a += tl.load(row, mask=at < count, other=0.0)
+        if COLUMNS > 1:
+            b += tl.load(row + 1, mask=at < count, other=0.0)
+        if COLUMNS > 2:
+            c += tl.load(row + 2, mask=at < count, other=0.0)
+    return tl.sum(a), tl.sum(b), tl.sum(c)
 
 
 @triton.jit
@@ -45,18 +52,19 @@ def finish_terms(
     """Take a ticket; who takes the last one has every program's sums to add up.
 
     found_ptr (found, 2): sums of M^2 and, primal, of the hinge.  sums_ptr: dual (sums, 3) invariance, hinge and vhat^2;
-    primal (sums,) invariance.  All float64, added in a fixed order, so that two runs agree bit for bit.
+    primal (sums, 1) invariance.  All float64, added in a fixed order, so that two runs agree bit for bit.
+
+    A program's sums are scalars, which the thread that takes the ticket has stored itself; the matrix is not read here.
+    The barrier would not do for more: on AMD's devices it does not wait for other threads' stores.
     """
-    tl.debug_barrier()  # all threads have stored before the ticket says so
+    tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        norm = _sum_of(found_ptr, found, 2, 1024)
+        norm, hinge, _ = _sums_of(found_ptr, found, 2, 1024)
         if DUAL:
-            inv = _sum_of(sums_ptr, sums, 3, 1024)
-            hinge = _sum_of(sums_ptr + 1, sums, 3, 1024)
-            norm = above_zero(norm - _sum_of(sums_ptr + 2, sums, 3, 1024))
+            inv, hinge, square = _sums_of(sums_ptr, sums, 3, 1024)
+            norm = above_zero(norm - square)
         else:
-            inv = _sum_of(sums_ptr, sums, 1, 1024)
-            hinge = _sum_of(found_ptr + 1, found, 2, 1024)
+            inv, _, _ = _sums_of(sums_ptr, sums, 1, 1024)
         count = P.to(tl.float64) * D
         inv = (inv * w_inv / (count * N * ((VIEWS + 1) // 2))).to(tl.float32)
         var = (hinge * w_var / (count * VIEWS)).to(tl.float32)

@@ -42,20 +42,20 @@ def _gradient_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N rows and BLOCK_D columns of one problem of one of the views first, first + step, ...
 
-    Neighbours share the columns of the operand (dual) or the rows of z (primal), and so find them in the cache.
+    Programs that run together are GROUP tiles high: they share rows and columns, and find them in the cache.
     """
+    GROUP: tl.constexpr = 8
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_d = tl.cdiv(D, BLOCK_D)
     tile = tl.program_id(0) % (tiles_n * tiles_d)
     problem = tl.program_id(0) // (tiles_n * tiles_d)
     v = first + (problem // P) * step
     p = problem % P
-    if DUAL:
-        n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        d0 = (tile // tiles_n) * BLOCK_D
-    else:
-        n = (tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-        d0 = (tile % tiles_d) * BLOCK_D
+    group = tile // (GROUP * tiles_d)
+    height = tl.minimum(tiles_n - group * GROUP, GROUP)
+    in_group = tile % (GROUP * tiles_d)
+    n = (group * GROUP + in_group % height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d0 = in_group // height * BLOCK_D
     P = P.to(tl.int64)
     d = d0 + tl.arange(0, BLOCK_D)
     z_ptr, z_index, stride_p, stride_n, stride_i, stride_d = view_of(
@@ -83,7 +83,8 @@ def _gradient_kernel(
                 g = tl.dot(G, o.to(G.dtype), g, input_precision=PRECISION)
             g *= a * SCALE
         else:
-            M = M_ptr + (v * P + p) * D * D + d[None, :]
+            # C is symmetric: read along k, as TF32 products on compute capability 9.0 want it.
+            M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
             for start in range(0, D, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (n < N)[:, None] & (k < D)[None, :]
@@ -91,9 +92,7 @@ def _gradient_kernel(
                 hi = tl.load(at + k, mask=k < D, other=0.0)
                 lo = tl.load(at + row + k, mask=k < D, other=0.0)
                 o = rounded(tl.where(inside, o - hi[None, :] - lo[None, :], 0.0), ROUND)
-                C = tl.load(
-                    M + k.to(tl.int64)[:, None] * D, mask=(k < D)[:, None] & (d < D)[None, :], other=0.0
-                )
+                C = tl.load(M + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
                 g = tl.dot(o.to(C.dtype), C, g, input_precision=PRECISION)
             g *= a
     o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(

@@ -14,11 +14,12 @@ from .rows import triangle
 
 
 @triton.jit
-def with_diagonal(G, row, column, energy_ptr, problem, blocks, N, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
+def with_diagonal(G, row, column, energy_ptr, problem, blocks, N, BLOCK_R: tl.constexpr):
     """G with the diagonal that the moments' launch summed: energy (V * P, blocks, N).
 
     A product adds in sequence; what the sum of vhat^2 is taken from must be as exact as that is.
     """
+    BLOCK_E: tl.constexpr = min(128, 2048 // BLOCK_R)  # at a time: one by one, each would wait for memory
     energy = tl.zeros((BLOCK_E, BLOCK_R), tl.float64)
     for start in range(0, blocks, BLOCK_E):
         block = start + tl.arange(0, BLOCK_E)
@@ -65,7 +66,7 @@ def _gram_forward_kernel(
     if is_whole:
         G = acc / (N - 1)
         if i == j:
-            G = with_diagonal(G, row, column, energy_ptr, problem, blocks, N, BLOCK_M, 16)
+            G = with_diagonal(G, row, column, energy_ptr, problem, blocks, N, BLOCK_M)
         tl.store(
             found_ptr + tile.to(tl.int64) * 2,
             finish_tile(G, row, column, i != j, N, problem, M_ptr, KEEP, ROUND),

@@ -23,12 +23,21 @@ def view_of(
     x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
     HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Of view v: its pointer, its row numbers (P, N), and its strides of problem, row, patch and feature."""
+    """Of view v: its pointer, its row numbers (P, N), and its strides of problem, row, patch and feature.
+
+    Triton types a stride by its size: the views' may differ, and only in 64 bits are they sure to be alike.
+    """
     z_ptr = x_ptr
-    stride_p, stride_n, stride_i, stride_d = x_stride_p, x_stride_n, x_stride_i, x_stride_d
+    stride_p = tl.full((), x_stride_p, tl.int64)
+    stride_n = tl.full((), x_stride_n, tl.int64)
+    stride_i = tl.full((), x_stride_i, tl.int64)
+    stride_d = x_stride_d
     if ((v ^ (v >> 1)) & 1) == 1:
         z_ptr = y_ptr
-        stride_p, stride_n, stride_i, stride_d = y_stride_p, y_stride_n, y_stride_i, y_stride_d
+        stride_p = tl.full((), y_stride_p, tl.int64)
+        stride_n = tl.full((), y_stride_n, tl.int64)
+        stride_i = tl.full((), y_stride_i, tl.int64)
+        stride_d = y_stride_d
     if HAS_INDEX:
         index_ptr += v.to(tl.int64) * P * N
     return z_ptr, index_ptr, stride_p, stride_n, stride_i, stride_d

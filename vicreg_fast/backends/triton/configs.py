@@ -84,6 +84,8 @@ class Kind(NamedTuple):
 def _moments(columns: int) -> Rows[Moments]:
     return (
         Row(16, ANY, Moments(16, 128, warps=4)),
+        Row(32, ANY, Moments(32, 64, warps=4)),
+        Row(64, ANY, Moments(64, 32, warps=4)),
         # Few columns fill the device only in narrow programs; many rows at a time, or each would wait for memory.
         Row(ANY, 4096, Moments(128, 16, warps=4)),
         Row(1024, ANY, Moments(64, 32, warps=4)),
@@ -168,6 +170,7 @@ class Key(NamedTuple):
     """What a configuration is chosen by; ``kind`` is empty for kernels without a product."""
 
     family: str
+    processors: int
     aligned: bool
     kernel: str  # a field of Table
     kind: str
@@ -211,7 +214,8 @@ def machine(device: torch.device) -> Machine:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        amd = "gfx950" if "gfx95" in properties.gcnArchName else "gfx942"
+        # Of AMD's, only gfx942 has TF32.
+        amd = "gfx942" if "gfx942" in properties.gcnArchName else "gfx950"
         return Machine(amd, properties.multi_processor_count)
     return Machine(family(properties.major, properties.minor), properties.multi_processor_count)
 
@@ -228,6 +232,7 @@ class Split(NamedTuple):
         return self.whole + (tiles - self.whole) * self.parts
 
 
+@functools.lru_cache(maxsize=1024)  # it takes as long as several launches
 def split(tiles: int, inner: int, config: Product, processors: int, whole_tiles: bool) -> Split:
     """Share ``tiles`` out so that no processor waits long for another.
 

@@ -103,7 +103,7 @@ class Views:
     def key(self, machine: Machine, kernel: str, kind: str = "") -> Key:
         """What the configuration of a kernel is chosen by."""
         P, N, D = self.shape
-        return Key(machine.family, self.aligned, kernel, kind, P * self.count, N, D)
+        return Key(*machine, self.aligned, kernel, kind, P * self.count, N, D)
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from .configs import Key, Machine, Moments, Product, Split, choose, split
 from .launch import Products, Views
 
 # Of a program of the combination: parts at a time, and elements of a tile; its registers hold both.
-_FEW_PARTS, _MANY_PARTS = (4, 512), (16, 64)
+_FEW_PARTS, _MANY_PARTS = (4, 512), (8, 128)
 
 
 def keys(views: Views, products: Products, machine: Machine) -> list[Key]:

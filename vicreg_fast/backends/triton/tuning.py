@@ -3,18 +3,20 @@
 The first call with a new shape tries every candidate of each of its kernels, in minutes; what was fastest is used from
 then on and written to a file, ``VICREG_FAST_AUTOTUNE_FILE`` or ``~/.cache/vicreg_fast/configs.jsonl``, from which later
 processes with the variable set read it.  A line is a row for the tables of configs.py: its key, its configuration, and the
-milliseconds that the pass took with it and with the table's own.
+milliseconds that the pass took with it and with the table's own.  Of many processes, let one search first: others would
+wait for it at their next collective.
 """
 
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.errors import TritonError
 from triton.testing import do_bench
 
 from . import configs
@@ -59,15 +61,14 @@ def tuned(keys: Callable[[], list[configs.Key]], run: Callable[[], Result]) -> R
 def rows() -> dict[configs.Key, Any]:
     """The rows of the file, the last one of each key; none where there is no file."""
     found = {}
-    if file().exists():
-        for number, line in enumerate(file().read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                found[configs.Key(*row["key"])] = _CONFIGS[row["key"][2]](**row["config"])
-            except (ValueError, TypeError, LookupError) as error:
-                raise ValueError(
-                    f"{file()}, line {number}, is no row of a search; delete the file or unset VICREG_FAST_AUTOTUNE"
-                ) from error
+    lines = file().read_text().splitlines() if file().exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            key = configs.Key(*row["key"])
+            found[key] = _CONFIGS[key.kernel](**row["config"])
+        except (ValueError, TypeError, LookupError):
+            warnings.warn(f"{file()}, line {number}, is no row of a search and is left out", stacklevel=2)
     return found
 
 
@@ -96,7 +97,7 @@ def _search(key: configs.Key, run: Callable[[], object]) -> None:
             configs.found[key] = candidate
             try:
                 time = _milliseconds(run)
-            except (OutOfResources, PTXASError):  # more shared memory or registers than this device has
+            except (TritonError, RuntimeError):  # more shared memory, registers or memory than there is
                 continue
             if time < fastest:
                 best, fastest = candidate, time
