@@ -96,7 +96,7 @@ class Resources(NamedTuple):
     """What a compiled variant takes, and what is wrong with it."""
 
     registers: int
-    spills: int
+    spilled: int  # bytes a thread
     shared: int
     resident: int  # programs that share a processor
     opcodes: tuple[str, ...]
@@ -197,13 +197,14 @@ def examine(variant: Variant, target: str) -> Resources:
     if backend == "cuda":
         text = _disassembly(compiled)
         registers = int(re.findall(r"REG:(\d+)", text)[0])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        # The stack holds nothing else; its instructions are looked for too, so that none is missed.
+        spilled = max(int(re.findall(r"STACK:(\d+)", text)[0]), len(re.findall(r"\b(?:LDL|STL)\b", text)))
         opcodes = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|LDGSTS)\b", text)
         resident = 65536 // (-(-registers // 8) * 8 * threads)
     else:
         text = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
-        spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
+        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
         opcodes = re.findall(r"v_mfma\w+", text)
         resident = (
             4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
@@ -211,8 +212,8 @@ def examine(variant: Variant, target: str) -> Resources:
     found = tuple(sorted(set(opcodes)))
     resident = max(1, min(resident, whole // (compiled.metadata.shared + 1024)))
     defects = []
-    if spills:
-        defects.append(f"{spills} spills")
+    if spilled:
+        defects.append(f"{spilled} bytes spilled")
     if compiled.metadata.shared > limit:
         defects.append(f"{compiled.metadata.shared} bytes of shared memory, {limit} there")
     multiplies = variant.constants.get("PRECISION") and variant.constants.get("COV", True)
@@ -220,7 +221,7 @@ def examine(variant: Variant, target: str) -> Resources:
         defects.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:
         defects.append("no 64-bit offsets")
-    return Resources(registers, spills, compiled.metadata.shared, resident, found, tuple(defects))
+    return Resources(registers, spilled, compiled.metadata.shared, resident, found, tuple(defects))
 
 
 def _disassembly(compiled: Any) -> str:
@@ -248,13 +249,13 @@ def _listed(target: str, every: int) -> list[Variant]:
 
 def report(target: str, every: int = 1) -> int:
     """Print a row for every variant, or for one of ``every``; the number of defects."""
-    print(f"{'kernel':92}{'registers':>10}{'spills':>8}{'shared':>8}{'resident':>10}  opcodes")
+    print(f"{'kernel':92}{'registers':>10}{'spilled':>8}{'shared':>8}{'resident':>10}  opcodes")
     defects = 0
     count = len(_listed(target, every))
     # Variants cannot be sent to another process, so each lists them again and is told a number.
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for name, found in pool.map(functools.partial(_numbered, target, every), range(count)):
-            numbers = f"{found.registers:>10}{found.spills:>8}{found.shared:>8}{found.resident:>10}"
+            numbers = f"{found.registers:>10}{found.spilled:>8}{found.shared:>8}{found.resident:>10}"
             marks = "".join(f"  DEFECT: {defect}" for defect in found.defects)
             print(f"{name:92}{numbers}  {' '.join(found.opcodes)}{marks}", flush=True)
             defects += len(found.defects)

@@ -95,6 +95,20 @@ def test_few_samples_or_features(shape: tuple[int, ...]) -> None:
     assert_parity(*pair(*shape), "highest", 0.0)
 
 
+# Gradients of more than one group of tiles; energies of more blocks than are read at a time.
+@both_sides(dual=[(40, 1200)], primal=[(600, 5)])
+def test_more_than_one_round(shape: tuple[int, int]) -> None:
+    assert_parity(*pair(*shape), "highest", 0.0)
+
+
+@both_sides(dual=[(520, 2, 5)], primal=[(520, 5, 2)])
+def test_more_programs_than_are_added_at_a_time(shape: tuple[int, int, int]) -> None:
+    x, y = (z.detach() for z in pair(*shape))
+    found = functional.vicreg_terms(x, y, backend="triton", precision="highest")
+    for f, t in zip(found, reference.vicreg_terms(x.double(), y.double()), strict=True):
+        assert abs(f - t) <= 8 * U * t
+
+
 @both_sides(dual=[(40, 90)], primal=[(150, 40), (150, 100)])
 @pytest.mark.parametrize("data", HARD, ids=lambda data: data.__name__)
 def test_hard_data(data: Callable[[int, int], Tensor], shape: tuple[int, int]) -> None:
