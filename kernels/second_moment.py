@@ -43,12 +43,9 @@ def _second_moment_forward_kernel(
     P, N, D, tiles, parts, length,
     x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
     VIEWS: tl.constexpr, HAS_INDEX: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``length`` rows of one tile of one problem of one view.
-
-    FEW: so few samples may be so near to each other that float32 has no squares for their distances.
-    """
+    """One program: ``length`` rows of one tile of one problem of one view."""
     program = tl.program_id(0)
     if program == 0:
         tl.store(ticket_ptr, 0)
@@ -82,7 +79,7 @@ def _second_moment_forward_kernel(
     )
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     t = tl.zeros((BLOCK_M,), tl.float32)
-    q = tl.zeros((BLOCK_M,), tl.float64 if FEW else tl.float32)
+    q = tl.zeros((BLOCK_M,), tl.float32)
     difference = tl.zeros((BLOCK_M,), tl.float32)
     for top in range(start, end, BLOCK_K):
         n = top + tl.arange(0, BLOCK_K)
@@ -95,8 +92,7 @@ def _second_moment_forward_kernel(
         b = tl.where(mask_j, b - s_j[None, :], 0.0)
         if i == j:
             t += tl.sum(a, 1)
-            wide = a.to(tl.float64 if FEW else tl.float32)
-            q += tl.sum(wide * wide, 1)
+            q += tl.sum(a * a, 1)
             if VIEWS > 1:
                 if v % 2 == 1:
                     rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
@@ -141,7 +137,8 @@ def _narrow_second_moment_forward_kernel(
 ):  # fmt: skip
     """One program: ``length`` rows of both views of a pair, where all features fit one tile.
 
-    Each element is read once: long columns of few features are bound by bytes.
+    Each element is read once: long columns of few features are bound by bytes.  FEW: so few samples may be so near to
+    each other that float32 has no squares for their distances.  (With so few, more features are dual.)
     """
     program = tl.program_id(0)
     if program == 0:

@@ -96,8 +96,8 @@ def test_few_samples_or_features(shape: tuple[int, ...]) -> None:
 
 
 # Gradients of more than one group of tiles; energies of more blocks than are read at a time.
-@both_sides(dual=[(40, 1200)], primal=[(600, 5)])
-def test_more_than_one_round(shape: tuple[int, int]) -> None:
+@both_sides(dual=[(2, 40, 1200)], primal=[(600, 5)])
+def test_more_than_one_round(shape: tuple[int, ...]) -> None:
     assert_parity(*pair(*shape), "highest", 0.0)
 
 
@@ -216,6 +216,32 @@ def test_shows_what_is_not_finite(shape: tuple[int, int], value: float) -> None:
     assert not any(loss.isfinite() for loss in losses)
 
 
+@pytest.mark.parametrize("kind", ["highest", "high", "medium", "float16"])
+@both_sides(dual=[(20, 90)], primal=[(90, 20), (90, 70)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_nan_of_any_bits_stays_nan(shape: tuple[int, int], kind: str) -> None:
+    """The bits of a GPU's NaN plus half of a unit in the last place of TF32 are those of a number."""
+    dtype, asked, _ = KINDS[kind]
+    x, y = (z.detach() for z in pair(*shape, dtype=dtype))
+    integer, bits = (torch.int32, 0x7FFFFFFF) if dtype == SINGLE else (torch.int16, 0x7FFF)
+    y.view(integer)[-1, -1] = bits
+    y.requires_grad_()
+    losses = functional.vicreg_terms(x, y, backend="triton", precision=asked)
+    assert all(loss.isnan() for loss in losses)
+    (gradient,) = torch.autograd.grad(losses.cov, y)
+    assert gradient[:, -1].isnan().all()
+
+
+@both_sides(dual=[(3, 90)], primal=[(3, 2), (7, 8)])
+def test_few_samples_very_near_to_each_other(shape: tuple[int, int]) -> None:
+    """Their distances have squares that are no float32; the gradient of the variance is of size 1 all the same."""
+    z = (1e-21 * normal(*shape)).float().requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(functional.variance_covariance(z, backend="triton")[0], z)
+    (truth,) = torch.autograd.grad(reference.variance(exact), exact)
+    assert (found - truth).norm() <= 16 * U * truth.norm()
+
+
 # -- rows by number ---------------------------------------------------------------------------------------------
 
 
@@ -238,6 +264,7 @@ def of_matches(sources: Sequence[Tensor], indices: Sequence[Tensor], across: boo
         (False, (6, 9, 7, 5, 40)),
         (False, (6, 9, 7, 5, 3)),
         (False, (2, 40, 36, 33, 130)),
+        (False, (2, 64, 62, 60, 70)),
         (True, (9, 7, 6, 3, 40)),
         (True, (9, 7, 6, 3, 5)),
         (True, (33, 5, 6, 2, 130)),
@@ -408,6 +435,12 @@ def test_without_gradients_no_matrix_is_written(shape: tuple[int, int], launches
     before = len(launches)
     found = functional.vicreg_terms(x, y, backend="triton")
     assert_same_bits(list(found), [value.detach() for value in kept])
+    side = min(shape) if uses_dual(1, *shape) else shape[1]
+    matrices = [
+        [a for a in args if isinstance(a, Tensor) and a.shape == (2, side, side)] for _, _, args in launches
+    ]
+    assert any(matrices[:before])
+    assert not any(matrices[before:])
     keep = [keywords["KEEP"] for _, keywords, _ in launches if "KEEP" in keywords]
     assert keep == [True] * (len(keep) // 2) + [False] * (len(keep) // 2)
     assert before == len(launches) / 2

@@ -4,8 +4,6 @@ Dual: moments, products, and the sum of split products if there are any: two ker
 the moments, and their sum: two.  The last kernel weighs and adds the terms.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -121,16 +119,20 @@ class _Forward:
         partial = self.empty(V * P * tiles * parts.parts, product.tile, product.tile)
         sums = self.empty(parts.parts, V * P, 3, D)
         inv_sums = self.empty(programs * parts.parts if V > 1 else 0, dtype=torch.float64)
-        kernel: Any = second_moment_kernels._second_moment_forward_kernel
+        options = {
+            **views.constants, "ROUND": products.round, "TYPE": products.language_type, "PRECISION": products.dot,
+            "BLOCK_M": product.tile, "BLOCK_K": product.inner,
+            "num_warps": product.warps, "num_stages": product.stages, "enable_fp_fusion": False,
+        }  # fmt: skip
+        arguments = (*views.pointers, partial, sums, inv_sums, self.ticket, P, N, D)
         if narrow:
-            kernel = second_moment_kernels._narrow_second_moment_forward_kernel
-        kernel[(programs * parts.parts,)](
-            *views.pointers, partial, sums, inv_sums, self.ticket,
-            P, N, D, *(() if narrow else (tiles,)), parts.parts, parts.length, *views.strides, **views.constants,
-            ROUND=products.round, TYPE=products.language_type, PRECISION=products.dot, FEW=N < FEW_SAMPLES,
-            BLOCK_M=product.tile, BLOCK_K=product.inner,
-            num_warps=product.warps, num_stages=product.stages, enable_fp_fusion=False,
-        )  # fmt: skip
+            second_moment_kernels._narrow_second_moment_forward_kernel[(programs * parts.parts,)](
+                *arguments, parts.parts, parts.length, *views.strides, **options, FEW=N < FEW_SAMPLES
+            )
+        else:
+            second_moment_kernels._second_moment_forward_kernel[(programs * parts.parts,)](
+                *arguments, tiles, parts.parts, parts.length, *views.strides, **options
+            )
         _, block_r = _combination(product, parts)
         found_sums = self.empty(V * P * tiles * (product.tile // block_r), 2, dtype=torch.float64)
         # Neither is read on this side: energy is the dual's.
