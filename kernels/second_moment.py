@@ -58,16 +58,11 @@ def _second_moment_forward_kernel(
         v, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
         y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX,
     )  # fmt: skip
-    o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(
-        v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and VIEWS > 1,
-    )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     d_i = i * BLOCK_M + m
     d_j = j * BLOCK_M + m
     columns_i = z_ptr + column_offsets(d_i, stride_d)
     columns_j = z_ptr + column_offsets(d_j, stride_d)
-    others = o_ptr + column_offsets(d_i, o_stride_d)
     start = k * length
     end = tl.minimum(start + length, N)
     n = start + tl.arange(0, BLOCK_K)
@@ -78,38 +73,48 @@ def _second_moment_forward_kernel(
         columns_j, n, end, N, p, z_index, stride_p, stride_n, stride_i, d_j < D, HAS_INDEX
     )
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    t = tl.zeros((BLOCK_M,), tl.float32)
-    q = tl.zeros((BLOCK_M,), tl.float32)
-    difference = tl.zeros((BLOCK_M,), tl.float32)
     for top in range(start, end, BLOCK_K):
         n = top + tl.arange(0, BLOCK_K)
         rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
         mask_i = (d_i < D)[:, None] & (n < end)[None, :]
         mask_j = (d_j < D)[None, :] & (n < end)[:, None]
-        z = tl.load(columns_i[:, None] + rows[None, :], mask=mask_i, other=0.0).to(tl.float32)
-        a = tl.where(mask_i, z - s_i[:, None], 0.0)
+        a = tl.load(columns_i[:, None] + rows[None, :], mask=mask_i, other=0.0).to(tl.float32)
+        a = rounded(tl.where(mask_i, a - s_i[:, None], 0.0), ROUND)
         b = tl.load(columns_j[None, :] + rows[:, None], mask=mask_j, other=0.0).to(tl.float32)
-        b = tl.where(mask_j, b - s_j[None, :], 0.0)
-        if i == j:
-            t += tl.sum(a, 1)
-            q += tl.sum(a * a, 1)
-            if VIEWS > 1:
-                if v % 2 == 1:
-                    rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
-                    other = tl.load(others[:, None] + rows[None, :], mask=mask_i, other=0.0).to(tl.float32)
-                    difference += tl.sum((other - z) * (other - z), 1)
-        a = stored(rounded(a, ROUND), ROUND).to(TYPE)
-        b = stored(rounded(b, ROUND), ROUND).to(TYPE)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        b = rounded(tl.where(mask_j, b - s_j[None, :], 0.0), ROUND)
+        acc = tl.dot(stored(a, ROUND).to(TYPE), stored(b, ROUND).to(TYPE), acc, input_precision=PRECISION)
     if ROUND == "fp16":
         acc *= 4.0  # of halves, see rounded()
     at = ((problem.to(tl.int64) * tiles + program % tiles) * parts + k) * BLOCK_M * BLOCK_M
     tl.store(product_ptr + at + m[:, None] * BLOCK_M + m[None, :], acc)
+
+    # A second time through the columns, which are in the cache: their sums would be in the product's way.
+    difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if i == j:
+        t = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        q = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(
+            v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
+            y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and VIEWS > 1,
+        )  # fmt: skip
+        others = o_ptr + column_offsets(d_i, o_stride_d)
+        for top in range(start, end, BLOCK_K):
+            n = top + tl.arange(0, BLOCK_K)
+            rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
+            mask = (n < end)[:, None] & (d_i < D)[None, :]
+            z = tl.load(columns_i[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+            e = tl.where(mask, z - s_i[None, :], 0.0)
+            t += e
+            q += e * e
+            if VIEWS > 1:
+                if v % 2 == 1:
+                    rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
+                    other = tl.load(others[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+                    difference += (other - z) * (other - z)
         problems = tl.num_programs(0) // tiles // parts
-        _store_sums(sums_ptr, k.to(tl.int64) * problems + problem, d_i, D, s_i, t, q)
+        _store_sums(sums_ptr, k.to(tl.int64) * problems + problem, d_i, D, s_i, tl.sum(t, 0), tl.sum(q, 0))
     if VIEWS > 1:
-        tl.store(inv_sums_ptr + program, tl.sum(difference.to(tl.float64)))
+        tl.store(inv_sums_ptr + program, tl.sum(tl.sum(difference, 1).to(tl.float64)))
 
 
 @triton.jit

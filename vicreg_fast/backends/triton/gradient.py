@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels import gradient as kernels
 from ...multiview import Plan
-from .configs import Gradient, Key, Machine, choose
+from .configs import Gradient, Key, Machine, choose, launch_options
 from .launch import Products, Views
 
 
@@ -61,6 +61,6 @@ def gradient(
         DUAL=views.dual, ROUND=products.round, PRECISION=products.dot,
         INV=u_inv is not None and V > 1, VAR=u_var is not None, COV=u_cov is not None,
         BLOCK_N=config.rows, BLOCK_D=config.columns, BLOCK_K=config.inner,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        **launch_options(machine, config.warps, config.stages),
     )  # fmt: skip
     return grads

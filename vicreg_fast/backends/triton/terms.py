@@ -13,7 +13,7 @@ from ...kernels import moments as moments_kernels
 from ...kernels import second_moment as second_moment_kernels
 from ...multiview import Plan
 from ...rows import FEW_SAMPLES, uses_dual
-from .configs import Key, Machine, Moments, Product, Split, choose, split
+from .configs import Key, Machine, Moments, Product, Split, choose, launch_options, split
 from .launch import Products, Views
 
 # Of a program of the combination: parts at a time, and elements of a tile; its registers hold both.
@@ -85,7 +85,7 @@ class _Forward:
             *views.pointers, operand, self.moments, energy, sums, self.ticket,
             P, N, D, self.plan.gamma, self.plan.eps, *views.strides, **views.constants,
             KEEP=self.plan.keep, ROUND=products.round, BLOCK_N=config.rows, BLOCK_D=config.columns,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+            **launch_options(self.machine, config.warps, config.stages),
         )  # fmt: skip
 
         product: Product = choose(product_key)
@@ -101,7 +101,7 @@ class _Forward:
             P, N, D, tiles, *parts, blocks, found, len(sums), *self.plan.weights,
             VIEWS=V, ROUND=products.round, PRECISION=products.dot, KEEP=self.plan.keep, LAST=rest == 0,
             BLOCK_M=product.tile, BLOCK_K=product.inner,
-            num_warps=product.warps, num_stages=product.stages, enable_fp_fusion=False,
+            **launch_options(self.machine, product.warps, product.stages),
         )  # fmt: skip
         if rest:
             self.combine(product, parts, tiles, partial, energy, energy, found_sums, sums, blocks)
@@ -122,7 +122,7 @@ class _Forward:
         options = {
             **views.constants, "ROUND": products.round, "TYPE": products.language_type, "PRECISION": products.dot,
             "BLOCK_M": product.tile, "BLOCK_K": product.inner,
-            "num_warps": product.warps, "num_stages": product.stages, "enable_fp_fusion": False,
+            **launch_options(self.machine, product.warps, product.stages),
         }  # fmt: skip
         arguments = (*views.pointers, partial, sums, inv_sums, self.ticket, P, N, D)
         if narrow:
@@ -159,7 +159,8 @@ class _Forward:
             P, N, D, tiles, *parts, blocks, len(found_sums), len(term_sums),
             self.plan.gamma, self.plan.eps, *self.plan.weights,
             VIEWS=self.views.count, DUAL=self.views.dual, ROUND=self.products.round, KEEP=self.plan.keep,
-            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
+            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c,
+            **launch_options(self.machine, warps=4),
         )  # fmt: skip
 
 
