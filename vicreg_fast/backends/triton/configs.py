@@ -170,11 +170,11 @@ def launch_options(machine: Machine, warps: int, stages: int = 1) -> dict[str, A
     """Triton's options of every launch.
 
     Multiply-add fusion is off whatever Triton's default.  Left alone, NVIDIA's assembler spills a few bytes to fit one more
-    program on a processor, in one variant of twelve; told how many registers there may be, it does not.
+    program on a processor, in one variant of twelve; told how many registers a thread may have, it does not.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if machine.family.startswith("sm"):
-        options["maxnreg"] = 255 if warps == 8 else 168
+        options["maxnreg"] = 255
     return options
 
 
