@@ -23,7 +23,7 @@ def resources(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_one_variant_in_fifteen_compiles_without_a_defect(target: str) -> None:
     done = resources("--target", target, "--every", "15")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"^3\d variants, 0 defects on {target}$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^[34]\d variants, 0 defects on {target}$", done.stdout, re.MULTILINE)
     assert len(done.stdout.splitlines()) >= 32
 
 
