@@ -13,15 +13,7 @@ type of their pointer.  The upstream gradients u are read on the device.
 import triton
 import triton.language as tl
 
-from .rows import column_offsets, rounded, row_offsets, view_of
-
-
-@triton.jit
-def _rows_of(z_ptr, rows, d, stride_d, mask):
-    """Elements (rows, d) of a view, float32."""
-    return tl.load(z_ptr + rows[:, None] + column_offsets(d, stride_d)[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+from .rows import column_offsets, is_of_y, load_rows, rounded, row_offsets, view_of
 
 
 @triton.jit
@@ -44,6 +36,7 @@ def _gradient_kernel(
 
     Programs that run together are GROUP tiles high: they share rows and columns, and find them in the cache.
     """
+    # About as high as wide, on a chip with a hundred programs at a time.
     GROUP: tl.constexpr = 8
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_d = tl.cdiv(D, BLOCK_D)
@@ -88,7 +81,7 @@ def _gradient_kernel(
             for start in range(0, D, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (n < N)[:, None] & (k < D)[None, :]
-                o = _rows_of(z_ptr, rows, k, stride_d, inside)
+                o = load_rows(z_ptr + column_offsets(k, stride_d), rows, inside)
                 hi = tl.load(at + k, mask=k < D, other=0.0)
                 lo = tl.load(at + row + k, mask=k < D, other=0.0)
                 o = rounded(tl.where(inside, o - hi[None, :] - lo[None, :], 0.0), ROUND)
@@ -101,7 +94,7 @@ def _gradient_kernel(
     )  # fmt: skip
     o_rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX and INV)
     g_ptr = x_grad_ptr
-    if ((v ^ (v >> 1)) & 1) == 1:
+    if is_of_y(v):
         g_ptr = y_grad_ptr
     g_rows = ((v // 2 * P + p) * N + n) * D
     # A quarter of the columns at a time where a tile is large: it, z and the other view would not fit the registers.
@@ -115,7 +108,7 @@ def _gradient_kernel(
         h = g if PIECES == 1 else a0 if piece == 0 else a1 if piece == 1 else a2 if piece == 2 else a3
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         mask = (n < N)[:, None] & (d < D)[None, :]
-        z = _rows_of(z_ptr, rows, d, stride_d, mask)
+        z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
         if VAR or (COV and DUAL):
             hi = tl.load(at + d, mask=d < D, other=0.0)
             lo = tl.load(at + row + d, mask=d < D, other=0.0)
@@ -131,6 +124,6 @@ def _gradient_kernel(
             u = tl.load(u_var_ptr).to(tl.float32) * k_var
             h -= c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
         if INV:
-            other = _rows_of(o_ptr, o_rows, d, o_stride_d, mask)
+            other = load_rows(o_ptr + column_offsets(d, o_stride_d), o_rows, mask)
             h += (z - other) * (tl.load(u_inv_ptr).to(tl.float32) * k_inv)
         tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=mask)

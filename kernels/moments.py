@@ -13,7 +13,7 @@ element.
 import triton
 import triton.language as tl
 
-from .rows import above_zero, column_offsets, rounded, row_offsets, stored, view_of
+from .rows import above_zero, column_offsets, load_rows, rounded, row_offsets, stored, view_of
 
 
 @triton.jit
@@ -35,16 +35,16 @@ def _column_moments(
     The first row is subtracted first, so that a constant column has its value for a mean, exactly.  Deviations are
     scaled by a power of two before they are squared: 1e-18 squared is no float32 that is worth anything.
     """
-    columns = z_ptr + column_offsets(d, stride_d)[None, :]
+    columns = z_ptr + column_offsets(d, stride_d)
     first = row_offsets(p, tl.arange(0, 1), N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
-    z0 = tl.load(columns + first[:, None], mask=(d < D)[None, :], other=0.0).to(tl.float32)
+    z0 = load_rows(columns, first, (d < D)[None, :])
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     largest = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in range(0, N, BLOCK_N):
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & (d < D)[None, :]
         rows = row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = tl.load(columns + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+        z = load_rows(columns, rows, mask)
         e = tl.where(mask, z - z0, 0.0)
         total += e
         largest = tl.maximum(largest, tl.abs(e))
@@ -57,7 +57,7 @@ def _column_moments(
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & (d < D)[None, :]
         rows = row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = tl.load(columns + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+        z = load_rows(columns, rows, mask)
         e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
         total += e
         squares += e * e
@@ -100,8 +100,8 @@ def _moments_forward_kernel(
         v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
         y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and VIEWS > 1,
     )  # fmt: skip
-    columns = z_ptr + column_offsets(d, stride_d)[None, :]
-    others = o_ptr + column_offsets(d, o_stride_d)[None, :]
+    columns = z_ptr + column_offsets(d, stride_d)
+    others = o_ptr + column_offsets(d, o_stride_d)
     operand = operand_ptr + (v * P + p) * N * D + d
     energy = energy_ptr + ((v * P + p) * blocks + block) * N
     # float32 sums of one strong feature would show in what the float32-accurate dual subtracts.
@@ -112,7 +112,7 @@ def _moments_forward_kernel(
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & inside[None, :]
         rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = tl.load(columns + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+        z = load_rows(columns, rows, mask)
         o = tl.where(mask, rounded(z - hi[None, :] - lo[None, :], ROUND), 0.0)
         tl.store(operand[None, :] + n.to(tl.int64)[:, None] * D, stored(o, ROUND), mask=mask)
         wide = o.to(WIDE)
@@ -121,7 +121,7 @@ def _moments_forward_kernel(
         if VIEWS > 1:
             if v % 2 == 1:
                 rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
-                other = tl.load(others + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+                other = load_rows(others, rows, mask)
                 differences += (other - z) * (other - z)
     operand_v = operand_squares.to(tl.float64) / (N - 1)
     if KEEP:

@@ -18,6 +18,12 @@ import triton.language as tl
 
 
 @triton.jit
+def is_of_y(v):
+    """Whether view v is made of rows of y."""
+    return ((v ^ (v >> 1)) & 1) == 1
+
+
+@triton.jit
 def view_of(
     v, P, N, x_ptr, y_ptr, index_ptr,
     x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
@@ -32,7 +38,7 @@ def view_of(
     stride_n = tl.full((), x_stride_n, tl.int64)
     stride_i = tl.full((), x_stride_i, tl.int64)
     stride_d = x_stride_d
-    if ((v ^ (v >> 1)) & 1) == 1:
+    if is_of_y(v):
         z_ptr = y_ptr
         stride_p = tl.full((), y_stride_p, tl.int64)
         stride_n = tl.full((), y_stride_n, tl.int64)
@@ -58,6 +64,12 @@ def row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX: tl.
 def column_offsets(d, stride_d):
     """Offsets of features d (a vector)."""
     return d.to(tl.int64) * stride_d
+
+
+@triton.jit
+def load_rows(columns, rows, mask):
+    """Elements (rows, columns) as float32, 0 where masked; pointers to columns, offsets of rows."""
+    return tl.load(columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

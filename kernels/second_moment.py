@@ -12,7 +12,7 @@ and the root of q: sums (K, V * P, 3, D); the invariance's sum of each program. 
 import triton
 import triton.language as tl
 
-from .rows import column_offsets, rounded, row_offsets, stored, triangle, view_of
+from .rows import column_offsets, load_rows, rounded, row_offsets, stored, triangle, view_of
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _provisional_centre(
     """Mean of the rows n of the columns; the first of them is subtracted first: a constant column gives its value."""
     rows = row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
     mask = (n < end)[:, None] & inside[None, :]
-    z = tl.load(columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+    z = load_rows(columns, rows, mask)
     first = tl.sum(tl.where((tl.arange(0, n.shape[0]) == 0)[:, None], z, 0.0), 0)
     e = tl.where(mask, z - first[None, :], 0.0)
     return first + tl.sum(e, 0) / tl.minimum(end - tl.min(n, 0), n.shape[0])
@@ -80,7 +80,7 @@ def _second_moment_forward_kernel(
         mask_j = (d_j < D)[None, :] & (n < end)[:, None]
         a = tl.load(columns_i[:, None] + rows[None, :], mask=mask_i, other=0.0).to(tl.float32)
         a = rounded(tl.where(mask_i, a - s_i[:, None], 0.0), ROUND)
-        b = tl.load(columns_j[None, :] + rows[:, None], mask=mask_j, other=0.0).to(tl.float32)
+        b = load_rows(columns_j, rows, mask_j)
         b = rounded(tl.where(mask_j, b - s_j[None, :], 0.0), ROUND)
         acc = tl.dot(stored(a, ROUND).to(TYPE), stored(b, ROUND).to(TYPE), acc, input_precision=PRECISION)
     if ROUND == "fp16":
@@ -102,14 +102,14 @@ def _second_moment_forward_kernel(
             n = top + tl.arange(0, BLOCK_K)
             rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
             mask = (n < end)[:, None] & (d_i < D)[None, :]
-            z = tl.load(columns_i[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+            z = load_rows(columns_i, rows, mask)
             e = tl.where(mask, z - s_i[None, :], 0.0)
             t += e
             q += e * e
             if VIEWS > 1:
                 if v % 2 == 1:
                     rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
-                    other = tl.load(others[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+                    other = load_rows(others, rows, mask)
                     difference += (other - z) * (other - z)
         problems = tl.num_programs(0) // tiles // parts
         _store_sums(sums_ptr, k.to(tl.int64) * problems + problem, d_i, D, s_i, tl.sum(t, 0), tl.sum(q, 0))
@@ -184,13 +184,13 @@ def _narrow_second_moment_forward_kernel(
         n = top + tl.arange(0, BLOCK_K)
         mask = (n < end)[:, None] & (d < D)[None, :]
         rows = row_offsets(p, n, N, first_index, first_p, first_n, first_i, HAS_INDEX)
-        z = tl.load(first_columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+        z = load_rows(first_columns, rows, mask)
         first_acc, first_t, first_q = _accumulate(
             z, first_s, mask, first_acc, first_t, first_q, ROUND, TYPE, PRECISION, FEW
         )
         if VIEWS > 1:
             rows = row_offsets(p, n, N, second_index, second_p, second_n, second_i, HAS_INDEX)
-            other = tl.load(second_columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+            other = load_rows(second_columns, rows, mask)
             difference += (other - z) * (other - z)
             second_acc, second_t, second_q = _accumulate(
                 other, second_s, mask, second_acc, second_t, second_q, ROUND, TYPE, PRECISION, FEW

@@ -113,7 +113,7 @@ def match_patches(
     checks.enough_patches("queries", queries, m)
     with torch.no_grad():
         queries, candidates = floating(queries), floating(candidates)
-        backend = backends.choose(backend, queries.device)
+        backend = backends.choose(backend, queries.device, patches=True)
         if backend == "reference":
             q, c = accumulated(queries, candidates)
             query, candidate = reference.match(q, c, m)
@@ -135,7 +135,7 @@ def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
     For those who override what chooses from it: no backend needs it for itself.
     """
     with torch.no_grad(), policy.exact_products("ieee", queries.device):
-        if backends.choose(backend, queries.device) == "reference":
+        if backends.choose(backend, queries.device, patches=True) == "reference":
             return reference.distances(*accumulated(queries, candidates))
         return matching.ordering(queries, candidates)
 

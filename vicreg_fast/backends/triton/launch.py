@@ -137,5 +137,5 @@ def views(group: Sequence[tuple[int, Rows]]) -> Views:
         raise NotImplementedError(f"kernels have no views of sources {sources}")
     rows = [r for _, r in group]
     patches = [r.patch for r in rows if r.patch is not None]
-    index = torch.stack(patches).contiguous() if patches else None
+    index = torch.stack(patches) if patches else None
     return Views(rows[0], rows[min(1, len(rows) - 1)], len(rows), index)

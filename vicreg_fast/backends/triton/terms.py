@@ -16,7 +16,8 @@ from ...rows import FEW_SAMPLES, uses_dual
 from .configs import Key, Machine, Moments, Product, Split, choose, launch_options, split
 from .launch import Products, Views
 
-# Of a program of the combination: parts at a time, and elements of a tile; its registers hold both.
+# Of a program of the combination: parts at a time, and elements of a tile.  Its registers hold both: the most that no
+# target spilled of those tried.
 _FEW_PARTS, _MANY_PARTS = (4, 512), (8, 128)
 
 
