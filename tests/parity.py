@@ -155,3 +155,19 @@ def assert_parity(
             underflow = (torch.finfo(SINGLE).tiny + finfo.tiny * finfo.eps / 2 / scale) * t.numel() ** 0.5
             allowed = twice((e - t).norm()) + rounding + underflow + (f.gradient if name == "cov" else 0.0)
             assert (g - t).norm() <= allowed, f"gradient of {name}"
+
+
+def assert_nan_stays(shape: tuple[int, ...], kind: str, device: torch.device | str = "cpu") -> None:
+    """A GPU's own NaN in one element shows in every loss and in its column's gradient.
+
+    Its bits plus half of a unit in the last place of TF32 or bfloat16 are those of a number.
+    """
+    dtype, precision, _ = KINDS[kind]
+    x, y = (z.detach() for z in pair(*shape, dtype=dtype, device=device))
+    integer, bits = (torch.int32, 0x7FFFFFFF) if dtype == SINGLE else (torch.int16, 0x7FFF)
+    y.view(integer)[-1, -1] = bits
+    y.requires_grad_()
+    losses = functional.vicreg_terms(x, y, backend="triton", precision=precision)
+    (gradient,) = torch.autograd.grad(losses.cov, y)
+    assert [bool(value.isnan()) for value in losses] == [True, True, True]
+    assert gradient[:, -1].isnan().all()

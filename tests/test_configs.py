@@ -16,6 +16,8 @@ from vicreg_fast import backends, functional
 from vicreg_fast.backends.triton import configs
 from vicreg_fast.backends.triton.configs import Key, Moments, Product
 
+from .data import U
+
 pytest.importorskip("triton")
 
 SIZES = [1, 2, 16, 17, 64, 65, 300, 2048, 10**5, 3 * 10**6]
@@ -58,6 +60,20 @@ def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_on_a_cpu_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backends.choose("auto", torch.device("cpu"), (torch.float32,)) == "aten"
+
+
+def test_matching_is_left_to_aten_in_traced_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where "auto" stays "auto" until an operator runs; the operator of matching wants a backend's name."""
+    asked = []
+
+    def match(queries: Tensor, candidates: Tensor, m: int, order: str, backend: str) -> list[Tensor]:
+        asked.append(backend)
+        return [torch.zeros(2, m, dtype=torch.int64, device="meta")] * 4
+
+    monkeypatch.setattr(functional.operators, "match", match)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    functional.match_patches(torch.empty(2, 5, 8, device="meta"), torch.empty(2, 6, 8, device="meta"), 3)
+    assert asked == ["aten"]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
@@ -200,7 +216,8 @@ def test_a_search_changes_no_result(search: Path, monkeypatch: pytest.MonkeyPatc
     found = gradient_of(x)
     monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
     configs.found.clear()
-    assert (found - gradient_of(x)).norm() <= 1e-6 * found.norm()
+    # Other tiles add in another order: a few roundings, as in data.py.
+    assert (found - gradient_of(x)).norm() <= 8 * U * found.norm()
 
 
 @pytest.mark.parametrize(

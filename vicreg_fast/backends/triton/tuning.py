@@ -1,6 +1,6 @@
 """Search for configurations where the library runs: ``VICREG_FAST_AUTOTUNE=1``.
 
-The first call with a new shape tries every candidate of each of its kernels, in minutes; what was fastest is used from
+The first call with a new shape compiles and tries every candidate of each of its kernels; what was fastest is used from
 then on and written to a file, ``VICREG_FAST_AUTOTUNE_FILE`` or ``~/.cache/vicreg_fast/configs.jsonl``, from which later
 processes with the variable set read it.  A line is a row for the tables of configs.py: its key, its configuration, and the
 milliseconds that the pass took with it and with the table's own.  Of many processes, let one search first: others would
