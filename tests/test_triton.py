@@ -36,9 +36,6 @@ from .parity import (
 triton = pytest.importorskip("triton")
 tl = triton.language
 interpreter = triton.runtime.interpreter
-
-# Triton 3.6's interpreter takes the bounds of a loop from arrays, which NumPy 2.4 refuses and 2.3 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 # A few roundings of the result, as in data.py: the largest error below is less than 6 units.
 ROUNDINGS = 8 * U
 dual_and_primal = both_sides(dual=[(20, 90)], primal=[(90, 20)])
