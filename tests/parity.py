@@ -122,8 +122,10 @@ class Floors:
             (truncated(N, z.device) + truncated(D, z.device)) * a * float((c @ (C if dual else C0)).norm())
         )
         squares = c.square() @ (2 * C0.square() + 3 * R) + 2 * c.square() * s.square().unsqueeze(-1)
-        # Of two samples, the roundings are each other's negative, and so are their effects.
-        self.gradient += (1.25 if N > 2 else 2.5) * unit * a * float(squares.sum().sqrt())
+        # The dual's M has N^2 numbers, each of them in all D features: few do not average out, and one may be off by 1 unit
+        # in the place of 0.4.  Of two samples, the operand's roundings are each other's negative too.
+        few = 1.25 if N > 4 else 2.5 if N > 2 else 4.0
+        self.gradient += few * unit * a * float(squares.sum().sqrt())
 
 
 def scaled(
