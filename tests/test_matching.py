@@ -9,11 +9,14 @@ What matches are ordered by has rounding errors of at most E, derived here; u is
   (|q - s| + |c - s|)^2 u: sums of C products, each rounded at most C times, of total magnitude
   |q - s|^2 + |c - s|^2 + 2 |q - s| |c - s|: C.  Rounding of q - s and c - s: 2.  The last two additions: 2.
   Together E = (C + 4) u (|q - s| + |c - s|)^2; one part in a hundred more for s, which is rounded too.
+  Kernels take the mean of each tile of candidates for s, and 0 for 16-bit features, which they multiply as they are.
 
 A nearest candidate found by rounded distances is at most 2 E farther than the nearest, and is the nearest where the
 second one is more than 2 E farther.  The same holds, with the largest E of the image, for the k-th nearest query.
 """
 
+import importlib
+import importlib.util
 import itertools
 import math
 import sys
@@ -27,8 +30,35 @@ from vicreg_fast.backends.aten import matching
 
 from .data import EXACT
 
-BACKENDS = ("aten", "reference")
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
+TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("aten", "reference", *(["triton"] if TRITON else []))
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Triton 3.6's interpreter takes the bounds of a loop from arrays, which NumPy 2.4 refuses and 2.3 warns of.
+# And any NumPy warns of infinity minus infinity, which the interpreter computes with it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Kernels are made for the interpreter, or not, when they are first imported."""
+    if TRITON:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("vicreg_fast.kernels.matching")
+
+
+def kernels_run(backend, *dtypes):
+    """Whether a backend takes these types: Triton has no float64."""
+    return backend != "triton" or torch.float64 not in dtypes
+
+
+def both_directions(queries, candidates, m, order, backend):
+    """[query, candidate] of queries -> candidates and [query, candidate] of candidates -> queries, at most m."""
+    counts = [min(m, z.shape[1]) for z in (queries, candidates)]
+    found = operators.match([queries, candidates], [], counts, order, False, backend)
+    return [index for group in found for index in group]
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -75,7 +105,7 @@ def matched(distances, queries, candidates):
     return distances[torch.arange(distances.shape[0])[:, None], queries, candidates]
 
 
-def rounding(queries, candidates, distances):
+def rounding(queries, candidates, distances, backend="aten"):
     """E of the module's docstring, (B, P1, P2)."""
     C = queries.shape[-1]
     wide = torch.float64 in (queries.dtype, candidates.dtype)
@@ -84,9 +114,20 @@ def rounding(queries, candidates, distances):
     if C <= 3:
         return (C + 2) * u * distances
     q, c = queries.double(), candidates.double()
-    s = c.mean(1, keepdim=True)
-    norms = (q - s).norm(dim=-1)[:, :, None] + (c - s).norm(dim=-1)[:, None, :]
-    return 1.01 * (C + 4) * u * norms**2
+    tiles = [c]
+    native = False
+    if backend == "triton":
+        from vicreg_fast.backends.triton import configs
+        from vicreg_fast.backends.triton import matching as kernels
+
+        key = kernels.key([queries, candidates], configs.INTERPRETER)
+        native = key.kind == "half"
+        tiles = c.split(kernels.choose(key).tile, dim=1)
+    parts = []
+    for tile in tiles:
+        s = 0.0 if native else tile.mean(1, keepdim=True)
+        parts.append((q - s).norm(dim=-1)[:, :, None] + (tile - s).norm(dim=-1)[:, None, :])
+    return 1.01 * (C + 4) * u * torch.cat(parts, dim=2) ** 2
 
 
 # -- grids of locations: ties are exact -------------------------------------------------------------------------
@@ -131,7 +172,7 @@ GRIDS = {
 grids = pytest.mark.parametrize(("queries", "candidates"), GRIDS.values(), ids=GRIDS.keys())
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("m", [1, 5, None], ids=["one", "five", "all"])
 @grids
 def test_grid_ties_go_to_the_lowest(queries, candidates, m, backend):
@@ -142,25 +183,35 @@ def test_grid_ties_go_to_the_lowest(queries, candidates, m, backend):
     assert found.candidate_index.tolist() == candidate.tolist()
 
 
-# 1: a tile is one row of one image; 400: eight rows of 49, and groups of images that are smaller; 1 << 19: every
-# image here is whole.
-TILES = (1, 400, 1 << 19)
+# ATen, elements.  1: a tile is one row of one image; 400: eight rows of 49, and groups of images that are smaller;
+# 1 << 19: every image here is whole.  Triton, patches.  16: most images have several tiles; 64: most have one.
+TILES = [("aten", 1), ("aten", 400), ("aten", 1 << 19), *([("triton", 16), ("triton", 64)] if TRITON else [])]
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.fixture(params=TILES, ids=lambda tile: "-".join(map(str, tile)))
+def tiled(request, monkeypatch):
+    """A backend whose tiles have a given size."""
+    backend, tile = request.param
+    if backend == "aten":
+        monkeypatch.setattr(matching, "TILE_ELEMENTS", tile)
+    else:
+        from vicreg_fast.backends.triton import configs
+        from vicreg_fast.backends.triton import matching as kernels
+
+        monkeypatch.setattr(kernels, "choose", lambda key: configs.Matching(tile, 16))
+    return backend
+
+
 @grids
-def test_grid_ties_go_to_the_lowest_in_both_directions_whatever_the_tile(
-    queries, candidates, tile, monkeypatch
-):
-    monkeypatch.setattr(matching, "TILE_ELEMENTS", tile)
-    found = operators.match(queries, candidates, 5, "distance", "aten")
+def test_grid_ties_go_to_the_lowest_in_both_directions_whatever_the_tile(queries, candidates, tiled):
+    found = both_directions(queries, candidates, 5, "distance", tiled)
     distances = naive_distances(queries, candidates)
     expected = [*naive_matches(distances, 5), *naive_matches(distances.mT, 5)]
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
 
 
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_grid_ties_in_other_types(dtype, backend):
     queries, candidates = (place.to(dtype) for place in GRIDS["7x7-moved-by-half"])  # exact in all of them
     found = functional.match_patches(queries, candidates, backend=backend)
@@ -169,7 +220,7 @@ def test_grid_ties_in_other_types(dtype, backend):
     assert found.candidate_index.tolist() == candidate.tolist()
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("sizes", [(7, 7), (14, 14), (4, 4, 4)], ids=["7x7", "14x14", "4x4x4"])
 @pytest.mark.parametrize("scale", [1 / 7, 1 / 224, 0.1], ids=["sevenths", "pixels", "tenths"])
 def test_inexact_grids_are_compared_axis_by_axis_in_float32(scale, sizes, backend):
@@ -184,9 +235,9 @@ def test_inexact_grids_are_compared_axis_by_axis_in_float32(scale, sizes, backen
 
 
 @pytest.mark.parametrize("name", ["7x7-moved-by-half", "7x7-among-3x3", "4x4x4-moved-by-half"])
-def test_patch_order_lists_the_same_matches_by_number(name):
+def test_patch_order_lists_the_same_matches_by_number(name, tiled):
     queries, candidates = GRIDS[name]
-    found = operators.match(queries, candidates, 5, "patch", "aten")
+    found = both_directions(queries, candidates, 5, "patch", tiled)
     distances = naive_distances(queries, candidates)
     expected = []
     for d in (distances, distances.mT):
@@ -204,7 +255,7 @@ def test_more_images_than_one_tile_holds():
     moves = torch.randint(-6, 7, (B, 1, 2), generator=torch.Generator().manual_seed(0)) / 2
     queries = grid(7, 7).expand(B, P, 2)
     candidates = queries + moves
-    found = operators.match(queries, candidates, 6, "distance", "aten")
+    found = both_directions(queries, candidates, 6, "distance", "aten")
     distances = naive_distances(queries, candidates)
     expected = [*naive_matches(distances, 6), *naive_matches(distances.mT, 6)]
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
@@ -222,7 +273,7 @@ def test_an_image_larger_than_one_tile(direction):
     queries, candidates, distances = large_locations()
     assert matching.TILE_ELEMENTS // candidates.shape[1] < queries.shape[1]  # cut between rows
     back = direction == "back"
-    found = operators.match(queries, candidates, 1100, "distance", "aten")[2 * back :][:2]
+    found = both_directions(queries, candidates, 1100, "distance", "aten")[2 * back :][:2]
     expected = naive_matches(distances.mT if back else distances, 1100)
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
 
@@ -272,27 +323,43 @@ def _cases():
 
 
 CASES = dict(_cases())
-every_case = pytest.mark.parametrize("case", CASES)
+
+
+def case_types(case):
+    """float64 where the case's name has it: those are not for kernels."""
+    return (torch.float64,) if "float64" in case else ()
+
+
+
+
+every_case = pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, backend) for case in CASES for backend in BACKENDS if kernels_run(backend, *case_types(case))],
+)
 
 
 @lru_cache
-def truth(case):
-    """Inputs, their float64 distances and the rounding to allow for."""
+def given(case):
+    """Inputs and their float64 distances."""
     queries, candidates = CASES[case]()
-    distances = naive_distances(queries, candidates)
-    return queries, candidates, distances, rounding(queries, candidates, distances)
+    return queries, candidates, naive_distances(queries, candidates)
+
+
+@lru_cache
+def truth(case, backend="aten"):
+    """Inputs, their float64 distances and the rounding to allow for."""
+    return *given(case), rounding(*given(case), backend)
 
 
 @lru_cache
 def found_by(backend, case):
-    queries, candidates, *_ = truth(case)
+    queries, candidates, *_ = given(case)
     return functional.match_patches(queries, candidates, backend=backend)
 
 
-@both_backends
 @every_case
 def test_candidate_is_the_nearest(case, backend):
-    _, _, distances, E = truth(case)
+    _, _, distances, E = truth(case, backend)
     query, candidate, _ = found_by(backend, case)
     allowed = 2 * E.amax(-1).gather(1, query)
     (best, *second), (index, *_) = (
@@ -303,10 +370,9 @@ def test_candidate_is_the_nearest(case, backend):
     assert torch.equal(candidate[clear.gather(1, query)], index.gather(1, query)[clear.gather(1, query)])
 
 
-@both_backends
 @every_case
 def test_queries_come_nearest_first(case, backend):
-    _, _, distances, E = truth(case)
+    _, _, distances, E = truth(case, backend)
     query, *_ = found_by(backend, case)
     allowed = 2 * E.amax((1, 2))[:, None]
     best = distances.amin(-1)
@@ -318,14 +384,12 @@ def test_queries_come_nearest_first(case, backend):
     assert torch.equal(query[clear], order[clear])
 
 
-@both_backends
 @every_case
 def test_every_query_is_listed_once(case, backend):
     query, *_ = found_by(backend, case)
     assert torch.equal(query.sort(dim=1).values, torch.arange(query.shape[1]).expand_as(query))
 
 
-@both_backends
 @every_case
 def test_distance_is_that_of_the_chosen_rows(case, backend):
     queries, candidates, distances, _ = truth(case)
@@ -337,39 +401,40 @@ def test_distance_is_that_of_the_chosen_rows(case, backend):
     assert torch.allclose(distance.double(), expected, rtol=1e-5, atol=0.0)
 
 
-@both_backends
 @every_case
 def test_distances_are_sorted(case, backend):
-    _, _, _, E = truth(case)
+    _, _, _, E = truth(case, backend)
     square = found_by(backend, case).distance.double().square()
     rise = square.diff(dim=1)
     # The last term: what the rounding of the two returned distances may add, as above.
     assert (rise >= -2 * E.amax((1, 2))[:, None] - 4e-5 * square[:, 1:]).all()
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("m", [1, 2, 10, 49])
 @pytest.mark.parametrize("case", ["49x2", "49x32", "450-images"])
 def test_fewer_matches_are_the_first_of_all(case, m, backend):
-    queries, candidates, distances, E = truth(case)
+    queries, candidates, distances, E = truth(case, backend)
     found = functional.match_patches(queries, candidates, m, backend=backend)
     best = distances.amin(-1).sort(dim=1).values[:, : found.query_index.shape[1]]
     assert found.query_index.shape[1] == m
     assert ((distances.amin(-1).gather(1, found.query_index) - best).abs() <= 2 * E.amax((1, 2))[:, None]).all()
 
 
-@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", ["49x32", "9-and-196x4", "196-and-9x130", "mean-1000-sigma-49x64"])
-def test_both_directions_whatever_the_tile(case, tile, monkeypatch):
-    monkeypatch.setattr(matching, "TILE_ELEMENTS", tile)
-    queries, candidates, distances, E = truth(case)
-    there, back = matching.nearest(queries, candidates)
-    for found, d, e in ((there, distances, E), (back, distances.mT, E.mT)):
-        chosen = d.gather(2, found.candidate[..., None])[..., 0]
-        assert (chosen <= d.amin(-1) + 2 * e.amax(-1)).all()
+def test_both_directions_whatever_the_tile(case, tiled):
+    queries, candidates, distances = given(case)
+    E = rounding(queries, candidates, distances, tiled)
+    query, candidate, back_query, back_candidate = both_directions(queries, candidates, 300, "distance", tiled)
+    for q, c, d, e in (
+        (query, candidate, distances, E),
+        (back_query, back_candidate, distances.mT, E.mT),
+    ):
+        assert torch.equal(q.sort(1).values, torch.arange(d.shape[1]).expand_as(q))
+        assert (matched(d, q, c) <= (d.amin(-1) + 2 * e.amax(-1)).gather(1, q)).all()
 
 
-@both_backends
+@every_backend
 def test_integer_features_are_exact(backend):
     # Small integers, centre zero: products and sums are exact, and so are the ties, of which there are many.
     half = torch.randint(-2, 3, (3, 20, 6), generator=torch.Generator().manual_seed(0)).float()
@@ -381,13 +446,11 @@ def test_integer_features_are_exact(backend):
     assert found.candidate_index.tolist() == candidate.tolist()
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_integer_features_are_exact_in_both_directions_whatever_the_tile(tile, monkeypatch):
-    monkeypatch.setattr(matching, "TILE_ELEMENTS", tile)
+def test_integer_features_are_exact_in_both_directions_whatever_the_tile(tiled):
     half = torch.randint(-1, 2, (3, 20, 4), generator=torch.Generator().manual_seed(0)).float()
     candidates = torch.cat((half, -half), dim=1)
     queries = torch.randint(-1, 2, (3, 50, 4), generator=torch.Generator().manual_seed(1)).float()
-    found = operators.match(queries, candidates, 40, "distance", "aten")
+    found = both_directions(queries, candidates, 40, "distance", tiled)
     distances = naive_distances(queries, candidates)
     expected = [*naive_matches(distances, 40), *naive_matches(distances.mT, 40)]
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
@@ -433,7 +496,7 @@ def spoilt(changes, size):
     return maps["q"], maps["c"]
 
 
-@both_backends
+@every_backend
 @some_sizes
 @not_finite
 def test_nan_is_never_nearer_than_a_number(changes, size, backend):
@@ -444,19 +507,17 @@ def test_nan_is_never_nearer_than_a_number(changes, size, backend):
     assert found.candidate_index.tolist() == candidate.tolist()
 
 
-@pytest.mark.parametrize("tile", TILES)
 @some_sizes
 @not_finite
-def test_nan_is_never_nearer_in_both_directions_whatever_the_tile(changes, size, tile, monkeypatch):
-    monkeypatch.setattr(matching, "TILE_ELEMENTS", tile)
+def test_nan_is_never_nearer_in_both_directions_whatever_the_tile(changes, size, tiled):
     queries, candidates = spoilt(changes, size)
-    found = operators.match(queries, candidates, 100, "distance", "aten")
+    found = both_directions(queries, candidates, 100, "distance", tiled)
     distances = naive_distances(queries, candidates)
     expected = [*naive_matches(distances, 100), *naive_matches(distances.mT, 100)]
     assert [index.tolist() for index in found] == [index.tolist() for index in expected]
 
 
-@both_backends
+@every_backend
 @some_sizes
 @not_finite
 def test_distance_shows_what_is_not_finite(changes, size, backend):
@@ -486,7 +547,7 @@ def _layouts(C, seed):
     }
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("C", [2, 64])
 @pytest.mark.parametrize("side", ["queries", "candidates", "both"])
 @pytest.mark.parametrize("layout", _layouts(1, 0))
@@ -510,8 +571,16 @@ def test_layout_does_not_matter(layout, side, C, backend):
 # -- what comes back --------------------------------------------------------------------------------------------
 
 
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (dtype, backend)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+        for backend in BACKENDS
+        if kernels_run(backend, dtype)
+    ],
+    ids=str,
+)
 def test_numbers_are_int64_and_distances_float32_at_least(dtype, backend):
     found = functional.match_patches(
         randn(B, P, 5).to(dtype), randn(B, 8, 5, seed=1).to(dtype), backend=backend
@@ -520,7 +589,7 @@ def test_numbers_are_int64_and_distances_float32_at_least(dtype, backend):
     assert [t.dtype for t in found] == [torch.int64, torch.int64, distance]
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("C", [2, 5])
 def test_matches_have_no_gradient(C, backend):
     queries, candidates = randn(B, P, C).requires_grad_(), randn(B, 8, C, seed=1).requires_grad_()
@@ -528,7 +597,7 @@ def test_matches_have_no_gradient(C, backend):
     assert [t.requires_grad for t in found] == [False] * 3
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("C", [2, 64])
 def test_inputs_are_left_alone(C, backend):
     queries, candidates = randn(B, P, C), randn(B, 8, C, seed=1)
@@ -539,7 +608,7 @@ def test_inputs_are_left_alone(C, backend):
     assert torch.equal(candidates, before[1])
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("C", [2, 64])
 def test_autocast_does_not_change_matches(C, backend):
     queries, candidates = randn(B, 49, C), randn(B, 49, C, seed=1)
@@ -591,7 +660,7 @@ def naive_local(x1, x2, d, m, statistics, order):
     return (directions[0] + directions[1]) / 2
 
 
-@both_backends
+@pytest.mark.parametrize("backend", ["aten", "reference"])  # in float64
 @pytest.mark.parametrize("order", ["distance", "patch"])
 @pytest.mark.parametrize("statistics", ["image", "slot"])
 @pytest.mark.parametrize("places", MAPS.values(), ids=MAPS.keys())

@@ -97,15 +97,32 @@ def alpha(value: object) -> float:
     return number
 
 
-def num_matches(value: object, statistics: str) -> int:
-    """A whole number of at least 1; per-image statistics need two samples, so at least 2 there."""
+_AN_IMAGES_SAMPLES = " with statistics='image', whose samples are an image's matches"
+
+
+def match_count(value: object, need: str = "a whole number", least: int = 1) -> int:
+    """A whole number of matches; per-image statistics need two samples, so at least 2 there."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
-        raise TypeError(f"num_matches needs a whole number, got {type(value).__name__} {_show(value)}")
-    least = 2 if statistics == "image" else 1
+        raise TypeError(f"num_matches needs {need}, got {type(value).__name__} {_show(value)}")
     if value < least:
-        because = " with statistics='image', whose samples are an image's matches" if least == 2 else ""
+        because = _AN_IMAGES_SAMPLES if least > 1 else ""
         raise ValueError(f"num_matches needs to be at least {least}{because}, got {value}")
     return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def num_matches(value: object, statistics: str) -> tuple[int, int] | None:
+    """Matches of each direction, from a whole number or a pair of them; None: every patch is matched."""
+    need = "a whole number, a pair of them (from the first view and from the second) or None"
+    least = 2 if statistics == "image" else 1
+    if value is None:
+        return None
+    if isinstance(value, tuple | list):
+        if len(value) != 2:
+            raise ValueError(f"num_matches needs {need}, got {len(value)} numbers")
+        first, second = (match_count(number, need, least) for number in value)
+        return first, second
+    count = match_count(value, need, least)
+    return count, count
 
 
 def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers: bool = False) -> None:
@@ -186,12 +203,20 @@ def enough_patches(name: str, patches: Tensor, num_matches: int) -> None:
         )
 
 
-def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matches: int) -> None:
-    """Both views' maps (B, P, C) and their patches' locations (B, P, 2) or (B, P, 3)."""
+def local_inputs(
+    maps: Mapping[str, Any],
+    locations: Mapping[str, Any],
+    num_matches: tuple[int, int] | None,
+    statistics: str,
+) -> tuple[int, int]:
+    """Both views' maps (B, P, C) and their patches' locations (B, P, 2) or (B, P, 3); matches of each direction."""
     (first, x1), (second, x2) = maps.items()
     patches((first, x1), (second, x2))
-    for name, value in maps.items():
-        enough_patches(name, value, num_matches)
+    counts = (x1.shape[1], x2.shape[1]) if num_matches is None else num_matches
+    for (name, value), count in zip(maps.items(), counts, strict=True):
+        enough_patches(name, value, count)
+        if statistics == "image" and count < 2:
+            raise ValueError(f"{name} needs at least 2 patches{_AN_IMAGES_SAMPLES}, got {tuple(value.shape)}")
     one_device({first: x1, **locations})
     tensors(locations, 3, "(B, P, 2) or (B, P, 3)", integers=True)
     for (name, value), (map_name, map_) in zip(locations.items(), maps.items(), strict=True):
@@ -200,6 +225,7 @@ def local_inputs(maps: Mapping[str, Any], locations: Mapping[str, Any], num_matc
             raise ValueError(f"{name} needs 2 or 3 coordinates in its last dimension, got {tuple(value.shape)}")
     (name_1, l1), (name_2, l2) = locations.items()
     _same(name_2, l2, name_1, l1, (2,), "coordinates")
+    return counts
 
 
 def distance_matrix(distances: Any, queries: Tensor, candidates: Tensor) -> None:

@@ -10,7 +10,7 @@ from . import backends, checks, operators, reference
 from . import precision as policy
 from .autograd import Weight, WeightedTerms, weigh, weighted_terms
 from .backends.aten import matching
-from .multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS
+from .multiview import ONE_VIEW, TWO_VIEWS, local_views
 from .reference import VICRegTerms
 
 _UNWEIGHTED = (1.0, 1.0, 1.0)
@@ -109,19 +109,21 @@ def match_patches(
     """
     checks.one_of("backend", backend, backends.BACKENDS)
     checks.patches(("queries", queries), ("candidates", candidates), integers=True)
-    m = queries.shape[1] if num_matches is None else checks.num_matches(num_matches, "slot")
+    m = queries.shape[1] if num_matches is None else checks.match_count(num_matches)
     checks.enough_patches("queries", queries, m)
     with torch.no_grad():
         queries, candidates = floating(queries), floating(candidates)
-        backend = backends.choose(backend, queries.device, patches=True)
+        backend = backends.choose(backend, queries.device, (queries.dtype, candidates.dtype))
         if backend == "reference":
             q, c = accumulated(queries, candidates)
             query, candidate = reference.match(q, c, m)
-        else:
-            query, candidate, *_ = operators.match(queries, candidates, m, "distance", backend)
-        chosen, nearest = accumulated(rows(queries, query), rows(candidates, candidate))
-        difference = chosen - nearest
-        return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
+            difference = reference.gather_rows(q, query) - reference.gather_rows(c, candidate)
+            return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
+        (matches,) = operators.match((queries, candidates), (), (m,), "distance", False, backend)
+        query, candidate = matches.unbind()
+        return PatchMatches(
+            query, candidate, operators.match_distances(queries, candidates, matches, backend)
+        )
 
 
 def rows(maps: Tensor, index: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
     For those who override what chooses from it: no backend needs it for itself.
     """
     with torch.no_grad(), policy.exact_products("ieee", queries.device):
-        if backends.choose(backend, queries.device, patches=True) == "reference":
+        if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":
             return reference.distances(*accumulated(queries, candidates))
         return matching.ordering(queries, candidates)
 
@@ -188,7 +190,7 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
             x, y = accumulated(x, y)
             return weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
     plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
-    return weighted_terms(plan, weights, [x, y])[0]
+    return weighted_terms(plan, weights, [x, y])[0][0]
 
 
 def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tuple[Tensor, Tensor]:
@@ -200,34 +202,39 @@ def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tupl
             z, _ = accumulated(z, z)
             return reference.variance(z, gamma, eps), reference.covariance(z)
     plan = ONE_VIEW._replace(gamma=gamma, eps=eps, precision=precision, covariance=covariance, backend=backend)
-    terms = weighted_terms(plan, _UNWEIGHTED, [z])[0]
+    (terms,), _ = weighted_terms(plan, _UNWEIGHTED, [z])
     return terms.var, terms.cov
 
 
 def local_terms(
     maps: tuple[Tensor, Tensor],
     locations: tuple[Tensor, Tensor],
-    num_matches: int,
+    counts: tuple[int, int],
     weights: Sequence[Weight],
     statistics: str,
     match_order: str,
     options: Options,
-) -> tuple[WeightedTerms, WeightedTerms]:
-    """Weighted terms of the matches by location and by feature, from checked maps and locations."""
+) -> tuple[WeightedTerms, WeightedTerms, Tensor]:
+    """Weighted terms of the matches by location and by feature, from checked maps and locations; and their total.
+
+    ``counts``: matches from the first view to the second, and back.
+    """
     gamma, eps, backend, precision = options.checked()
-    backend = backends.choose(backend, maps[0].device, [z.dtype for z in maps], patches=True)
+    backend = backends.choose(backend, maps[0].device, [z.dtype for z in maps])
     locations = as_locations(*locations)
     if backend == "reference":
         with policy.exact_products("ieee", maps[0].device):
             x1, x2 = accumulated(*maps)
-            found = reference.local_terms(x1, x2, *locations, num_matches, gamma, eps, statistics, match_order)
-        return weigh(found.location, weights), weigh(found.feature, weights)
+            found = reference.local_terms(x1, x2, *locations, counts, gamma, eps, statistics, match_order)
+        location, feature = weigh(found.location, weights), weigh(found.feature, weights)
+        return location, feature, location.total + feature.total
     across = statistics == "slot"
-    indices = [
-        index.t() if across else index
-        for pair in (locations, maps)
-        for index in operators.match(*pair, num_matches, match_order, backend)
-    ]
-    plan = LOCAL_VIEWS._replace(across=across, gamma=gamma, eps=eps, precision=precision, backend=backend)
-    location, feature = weighted_terms(plan, weights, maps, indices)
-    return location, feature
+    # An image's own statistics do not depend on the order of its matches.
+    indices = operators.match(
+        maps, locations, counts, match_order if across else "distance", across, backend
+    )
+    plan = local_views(counts)._replace(
+        across=across, gamma=gamma, eps=eps, precision=precision, backend=backend
+    )
+    (location, feature), total = weighted_terms(plan, weights, maps, indices)
+    return location, feature, total

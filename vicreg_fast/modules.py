@@ -230,7 +230,8 @@ class VICRegLLoss(_Loss):
     VICReg, averaged over the two directions.
 
     Args:
-        num_matches: Patches of each image that are matched, those nearest to their match.
+        num_matches: Patches of each image that are matched, those nearest to their match: a whole number; a pair of
+            them, of the first view's patches and of the second's; None: all of them.
         alpha: Share of the global part, in [0, 1]; at 0 and 1 the other part is neither needed nor returned.
         inv_coeff, var_coeff, cov_coeff, gamma, eps: As :class:`VICRegLoss`; of both parts at construction, then
             of the local part, the global part's are attributes of ``global_vicreg_loss``.
@@ -251,7 +252,7 @@ class VICRegLLoss(_Loss):
 
     def __init__(
         self,
-        num_matches: int = 10,
+        num_matches: int | tuple[int, int] | None = 10,
         alpha: float = 0.75,
         inv_coeff: Weight = 25.0,
         var_coeff: Weight = 15.0,
@@ -288,7 +289,7 @@ class VICRegLLoss(_Loss):
         )
         self.global_vicreg_loss._names = ("x1_glob", "x2_glob")
 
-    def _matching(self) -> tuple[int, str, str]:
+    def _matching(self) -> tuple[tuple[int, int] | None, str, str]:
         checks.one_of("statistics", self.statistics, checks.STATISTICS)
         checks.one_of("match_order", self.match_order, checks.MATCH_ORDERS)
         return checks.num_matches(self.num_matches, self.statistics), self.statistics, self.match_order
@@ -326,8 +327,14 @@ class VICRegLLoss(_Loss):
             losses.update(self.global_loss(x1_glob, x2_glob))
             parts.append(alpha * losses["global/loss"])
         if alpha < 1.0:
-            losses.update(self.local_loss(x1_maps, x2_maps, x1_locations, x2_locations))
-            parts.append((1 - alpha) / 2 * (losses["feature/loss"] + losses["location/loss"]))
+            given = (x1_maps, x2_maps, x1_locations, x2_locations)
+            if self._overrides("local_loss"):
+                local = self.local_loss(*given)
+                total = local["feature/loss"] + local["location/loss"]
+            else:
+                local, total = self._local(*given)
+            losses.update(local)
+            parts.append((1 - alpha) / 2 * total)
         return {"loss": parts[0] if len(parts) == 1 else parts[0] + parts[1], **losses}
 
     def global_loss(self, x1_glob: Tensor | None, x2_glob: Tensor | None) -> Losses:
@@ -342,41 +349,56 @@ class VICRegLLoss(_Loss):
         x2_locations: Tensor | None,
     ) -> Losses:
         """VICReg of the matched patches: ``location/…`` and ``feature/…``, means over both directions."""
+        return self._local(x1_maps, x2_maps, x1_locations, x2_locations)[0]
+
+    def _local(
+        self,
+        x1_maps: Tensor | None,
+        x2_maps: Tensor | None,
+        x1_locations: Tensor | None,
+        x2_locations: Tensor | None,
+    ) -> tuple[Losses, Tensor]:
+        """The local losses, and the sum of both ``loss``."""
         num_matches, statistics, match_order = self._matching()
         maps: dict[str, Any] = {"x1_maps": x1_maps, "x2_maps": x2_maps}
         locations: dict[str, Any] = {"x1_locations": x1_locations, "x2_locations": x2_locations}
-        counts: list[int] = []
+        images: list[int] = []
         if self._gathers():
-            counts, maps, locations = self._gathered(maps, locations, num_matches, statistics)
-        else:
-            checks.local_inputs(maps, locations, num_matches)
+            images, maps, locations = self._gathered(maps, locations, num_matches, statistics)
+        counts = checks.local_inputs(maps, locations, num_matches, statistics)
         if statistics == "slot":
             checks.samples("x1_maps", maps["x1_maps"].shape[0])
         x1, x2 = maps.values()
         l1, l2 = locations.values()
         weights = self._weights(x1)
         if self._overrides("local_vicreg_loss", "neirest_neighbores", "variance_loss", "covariance_loss"):
-            losses = self._composed_local(x1, x2, l1, l2)
+            losses = self._composed_local(x1, x2, l1, l2, counts)
+            total = losses["location/loss"] + losses["feature/loss"]
         else:
-            location, feature = functional.local_terms(
-                (x1, x2), (l1, l2), num_matches, weights, statistics, match_order, self._options()
+            location, feature, total = functional.local_terms(
+                (x1, x2), (l1, l2), counts, weights, statistics, match_order, self._options()
             )
             losses = _prefixed("location", _named(location)) | _prefixed("feature", _named(feature))
-        if counts and statistics == "image":
+        if images and statistics == "image":
             # An image's statistics are its own: ranks share nothing but the mean over images.
             values = distributed.average_over_samples(
-                torch.stack(list(losses.values())), counts, self.process_group
+                torch.stack([*losses.values(), total]), images, self.process_group
             )
-            losses = {name: value.clone() for name, value in zip(losses, values.unbind(), strict=True)}
-        return losses
+            *rest, total = (value.clone() for value in values.unbind())
+            losses = dict(zip(losses, rest, strict=True))
+        return losses, total
 
     def _gathered(
-        self, maps: dict[str, Any], locations: dict[str, Any], num_matches: int, statistics: str
+        self,
+        maps: dict[str, Any],
+        locations: dict[str, Any],
+        num_matches: tuple[int, int] | None,
+        statistics: str,
     ) -> tuple[list[int], dict[str, Any], dict[str, Any]]:
         """Number of images on every rank; and all images, where statistics run across them."""
         error: Exception | None = None
         try:
-            checks.local_inputs(maps, locations, num_matches)
+            checks.local_inputs(maps, locations, num_matches, statistics)
         except (TypeError, ValueError) as found:
             error = found
         across = statistics == "slot"
@@ -390,21 +412,25 @@ class VICRegLLoss(_Loss):
 
         return counts, gather(maps), gather(locations)
 
-    def _composed_local(self, x1: Tensor, x2: Tensor, l1: Tensor, l2: Tensor) -> Losses:
+    def _composed_local(
+        self, x1: Tensor, x2: Tensor, l1: Tensor, l2: Tensor, counts: tuple[int, int]
+    ) -> Losses:
         """The local part through the published methods, for those who override them."""
         losses: Losses = {}
         for name, (a, b) in (("location", functional.as_locations(l1, l2)), ("feature", (x1, x2))):
             there, back = (functional.ordering(*maps, self.backend) for maps in ((a, b), (b, a)))
-            first = self.local_vicreg_loss(*self._matched(x1, x2, there))
-            second = self.local_vicreg_loss(*self._matched(x2, x1, back))
+            first = self.local_vicreg_loss(*self._matched(x1, x2, there, counts[0]))
+            second = self.local_vicreg_loss(*self._matched(x2, x1, back, counts[1]))
             losses |= {f"{name}/{key}": (first[key] + second[key]) / 2 for key in first}
         return losses
 
-    def _matched(self, queries: Tensor, candidates: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+    def _matched(
+        self, queries: Tensor, candidates: Tensor, distances: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Matched rows; an overriding ``neirest_neighbores`` decides their order itself."""
         if self._overrides("neirest_neighbores"):
-            return self.neirest_neighbores(queries, candidates, distances, self.num_matches)
-        query, candidate = functional.select_matches(distances, self.num_matches, self.match_order)
+            return self.neirest_neighbores(queries, candidates, distances, count)
+        query, candidate = functional.select_matches(distances, count, self.match_order)
         return functional.rows(queries, query), functional.rows(candidates, candidate)
 
     def local_vicreg_loss(self, x: Tensor, y: Tensor) -> Losses:
@@ -433,7 +459,7 @@ class VICRegLLoss(_Loss):
             The chosen inputs and their candidates, (B, m, C) each, differentiable.
         """
         checks.patches(("input_maps", input_maps), ("candidate_maps", candidate_maps))
-        checks.num_matches(num_matches, "slot")
+        checks.match_count(num_matches)
         checks.enough_patches("input_maps", input_maps, num_matches)
         checks.distance_matrix(distances, input_maps, candidate_maps)
         query, candidate = functional.select_matches(distances, num_matches)

@@ -3,7 +3,8 @@
 Every loss is one or more *groups* of views.  Within a group, variance and covariance are the mean over its
 views and invariance the mean over its pairs; all its views have the same (P, N, D).  VICReg is one group of two
 views and one pair.  VICRegL's local part is two groups (matches by location, by feature), each of four views
-(queries and candidates, both directions) and two pairs.
+(queries and candidates, both directions) and two pairs; or, where the directions have not as many matches, twice
+as many groups of two views, of which two and two are averaged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,9 @@ class Plan(NamedTuple):
     precision: str | None = None
     covariance: bool = True  # False: the covariance term is left out and is zero
     backend: str = "aten"
-    weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, in every group
+    weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, of every group
     keep: bool = True  # False: no backward pass will follow, and what only it reads need not be written
+    averaged: int = 1  # how many groups, one after the other, are added to one loss: their weights say what share each has
 
     @property
     def source_count(self) -> int:
@@ -42,18 +44,41 @@ class Plan(NamedTuple):
         return max(self.view_source) + 1
 
     @property
+    def losses(self) -> int:
+        """How many losses there are, of three terms and their sum each."""
+        return len(self.group_sizes) // self.averaged
+
+    @property
+    def outputs(self) -> int:
+        """How many scalars the losses are: four each, and the sum of their sums where there are several."""
+        return 4 * self.losses + (self.losses > 1)
+
+    def outputs_of(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs from the groups' terms and sums, four a group."""
+        if self.losses == len(values) // 4:
+            found = list(values)
+        else:
+            step = 4 * self.averaged
+            found = [
+                sum(values[at + k + 4 : at + step : 4], start=values[at + k])
+                for at in range(0, len(values), step)
+                for k in range(4)
+            ]
+        totals = found[3::4]
+        return [*found, sum(totals[1:], start=totals[0])] if self.losses > 1 else found
+
+    @property
     def pair_list(self) -> list[tuple[int, int]]:
         """The pairs as tuples."""
         return list(zip(self.pairs[::2], self.pairs[1::2], strict=True))
 
     def groups(self, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[list[tuple[int, Rows]]]:
-        """Per group, each view's source number and rows; ``indices`` has one tensor a view or is empty."""
+        """Per group, each view's source number and rows; ``indices`` has one tensor (V, P, N) a group or is empty."""
         first = 0
-        for size in self.group_sizes:
+        for number, size in enumerate(self.group_sizes):
             group = []
-            for view in range(first, first + size):
-                source = self.view_source[view]
-                index = indices[view] if indices else None
+            for view, source in enumerate(self.view_source[first : first + size]):
+                index = indices[number][view] if indices else None
                 group.append((source, Rows(problems(sources[source]), index, self.across)))
             yield group
             first += size
@@ -63,3 +88,19 @@ ONE_VIEW = Plan((0,), (1,), ())
 TWO_VIEWS = Plan((0, 1), (2,), (0, 1))
 # Two maps; per group: query of 1->2, candidate of 1->2, query of 2->1, candidate of 2->1.
 LOCAL_VIEWS = Plan((0, 1, 1, 0, 0, 1, 1, 0), (4, 4), (0, 1, 2, 3))
+
+
+def local_views(counts: tuple[int, int]) -> Plan:
+    """The plan of VICRegL's local part for so many matches in each direction."""
+    if counts[0] == counts[1]:
+        return LOCAL_VIEWS
+    return LOCAL_VIEWS._replace(group_sizes=(2, 2, 2, 2), pairs=(0, 1), averaged=2)
+
+
+def index_shapes(B: int, counts: Sequence[int], across: bool) -> list[tuple[int, int, int]]:
+    """Shapes (V, P, N) of the matches of one kind, a tensor a group: ``counts`` of one direction or of both."""
+    if len(counts) == 2 and counts[0] == counts[1]:
+        shapes = [(4, counts[0])]
+    else:
+        shapes = [(2, m) for m in counts]
+    return [(V, m, B) if across else (V, B, m) for V, m in shapes]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import backends, precision
-from .multiview import Plan
+from .multiview import Plan, index_shapes
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every group, then what every group saves]."""
+    """[the plan's outputs: weighted inv, var, cov and their sum of every loss, their total; then what is saved]."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
     return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
@@ -38,18 +38,35 @@ def gradient(
 
 
 def match(
-    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+    maps: Sequence[Tensor],
+    locations: Sequence[Tensor],
+    counts: Sequence[int],
+    match_order: str,
+    across: bool,
+    backend: str,
 ) -> list[Tensor]:
-    """[query, candidate] of queries -> candidates and [query, candidate] of candidates -> queries."""
-    queries, candidates = queries.detach(), candidates.detach()
+    """Numbers of matched patches: by location, if there are locations, and by the maps' features.
+
+    ``maps``, ``locations``: of both views.  ``counts``: matches from the first view to the second and back; of one
+    direction alone, that one.  Tensors as :func:`multiview.index_shapes` says; of both directions' views, queries and
+    then their candidates.
+    """
+    maps, locations = [z.detach() for z in maps], [z.detach() for z in locations]
     if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.match(queries, candidates, num_matches, match_order, backend)  # type: ignore[no-any-return]
-    return backends.stages(backend).match(queries, candidates, num_matches, match_order)  # type: ignore[no-any-return]
+        return torch.ops.vicreg_fast.match(maps, locations, counts, match_order, across, backend)  # type: ignore[no-any-return]
+    return backends.stages(backend).match(maps, locations, counts, match_order, across)  # type: ignore[no-any-return]
+
+
+def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
+    """Euclidean distances (B, m) of matches (2, B, m); carries no gradient."""
+    if torch.compiler.is_compiling():
+        return torch.ops.vicreg_fast.match_distances(queries, candidates, matches, backend)  # type: ignore[no-any-return]
+    return backends.stages(backend).match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
 
 
 _PLAN = (
     "int[] view_source, int[] group_sizes, int[] pairs, bool across, float gamma, float eps, "
-    "str? precision, bool covariance, str backend, float[] weights, bool keep"
+    "str? precision, bool covariance, str backend, float[] weights, bool keep, int averaged"
 )
 torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
 torch.library.define(
@@ -59,7 +76,11 @@ torch.library.define(
 )
 torch.library.define(
     "vicreg_fast::match",
-    "(Tensor queries, Tensor candidates, SymInt num_matches, str match_order, str backend) -> Tensor[]",
+    "(Tensor[] maps, Tensor[] locations, SymInt[] counts, str match_order, bool across, str backend) -> Tensor[]",
+)
+torch.library.define(
+    "vicreg_fast::match_distances",
+    "(Tensor queries, Tensor candidates, Tensor matches, str backend) -> Tensor",
 )
 
 
@@ -82,7 +103,7 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     plan = _resolved(constants, sources)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
-    outputs = [new((), dtype=dtype) for _ in range(4 * len(plan.group_sizes))]
+    outputs = [new((), dtype=dtype) for _ in range(plan.outputs)]
     saved = backends.stages(plan.backend).saved
     for group in plan.groups(sources, indices):
         outputs.extend(new(s, dtype=t) for s, t in saved(plan, sources, len(group), *group[0][1].shape))
@@ -115,18 +136,47 @@ def _fake_gradient(
     return [source.new_empty(source.shape) for source, need in zip(sources, needs, strict=True) if need]
 
 
+def _resolved_backend(backend: str, maps: Sequence[Tensor]) -> str:
+    """The backend that "auto" means for these maps; raises where the one that is asked for cannot run on them."""
+    dtypes = [z.dtype for z in maps]
+    backend = backends.resolve(backend, maps[0].device, dtypes)
+    backends.require(backend, maps[0].device, dtypes)
+    return backend
+
+
 @torch.library.impl("vicreg_fast::match", "default")
 def _match(
-    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+    maps: list[Tensor],
+    locations: list[Tensor],
+    counts: list[int],
+    match_order: str,
+    across: bool,
+    backend: str,
 ) -> list[Tensor]:
-    return backends.stages(backend).match(queries, candidates, num_matches, match_order)  # type: ignore[no-any-return]
+    stages = backends.stages(_resolved_backend(backend, maps))
+    return stages.match(maps, locations, counts, match_order, across)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::match")  # type: ignore[untyped-decorator]
 def _fake_match(
-    queries: Tensor, candidates: Tensor, num_matches: int, match_order: str, backend: str
+    maps: list[Tensor],
+    locations: list[Tensor],
+    counts: list[int],
+    match_order: str,
+    across: bool,
+    backend: str,
 ) -> list[Tensor]:
-    def index(rows: Tensor) -> Tensor:
-        return rows.new_empty((rows.shape[0], min(num_matches, rows.shape[1])), dtype=torch.int64)
+    shapes = index_shapes(maps[0].shape[0], counts, across) * (2 if locations else 1)
+    return [maps[0].new_empty(shape, dtype=torch.int64) for shape in shapes]
 
-    return [index(queries), index(queries), index(candidates), index(candidates)]
+
+@torch.library.impl("vicreg_fast::match_distances", "default")
+def _match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
+    stages = backends.stages(_resolved_backend(backend, [queries, candidates]))
+    return stages.match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("vicreg_fast::match_distances")  # type: ignore[untyped-decorator]
+def _fake_match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
+    dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
+    return queries.new_empty(matches.shape[1:], dtype=dtype)

@@ -129,17 +129,21 @@ def local_terms(
     x2_maps: Tensor,
     x1_locations: Tensor,
     x2_locations: Tensor,
-    num_matches: int,
+    num_matches: int | tuple[int, int],
     gamma: float = 1.0,
     eps: float = 0.0,
     statistics: str = "image",
     match_order: str = "distance",
 ) -> LocalTerms:
-    """Local terms of two views' maps (B, P1, C), (B, P2, C) with locations (B, P1, 2), (B, P2, 2)."""
+    """Local terms of two views' maps (B, P1, C), (B, P2, C) with locations (B, P1, 2), (B, P2, 2).
+
+    ``num_matches``: of each direction, or of the first view's patches and of the second's.
+    """
+    m1, m2 = num_matches if isinstance(num_matches, tuple) else (num_matches, num_matches)
 
     def both_directions(a: Tensor, b: Tensor) -> VICRegTerms:
-        there = matched_terms(x1_maps, x2_maps, match(a, b, num_matches, match_order), gamma, eps, statistics)
-        back = matched_terms(x2_maps, x1_maps, match(b, a, num_matches, match_order), gamma, eps, statistics)
+        there = matched_terms(x1_maps, x2_maps, match(a, b, m1, match_order), gamma, eps, statistics)
+        back = matched_terms(x2_maps, x1_maps, match(b, a, m2, match_order), gamma, eps, statistics)
         return VICRegTerms(*((s + t) / 2 for s, t in zip(there, back, strict=True)))
 
     return LocalTerms(both_directions(x1_locations, x2_locations), both_directions(x1_maps, x2_maps))

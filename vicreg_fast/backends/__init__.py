@@ -53,18 +53,16 @@ def choose(
     device: torch.device,
     dtypes: Sequence[torch.dtype] = (),
     *,
-    patches: bool = False,
     covariance: bool = True,
 ) -> str:
     """The backend that a request means for inputs on a device: "aten", "triton" or "reference".
 
     In traced code, which must not ask a device what it is, "auto" and "triton" stay as they are: the operator resolves
-    them when it runs.  ``patches``: VICRegL's local part is asked for, which "auto" leaves to ATen while the kernels
-    gather its rows through memory.  ``covariance``: without it there is nothing to fuse, and ATen's reduction does it.
+    them when it runs.  ``covariance``: without it there is nothing to fuse, and ATen's reduction does it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend needs one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "auto" and (patches or device.type == "cpu"):
+    if backend == "auto" and device.type == "cpu":
         return "aten"
     if not torch.compiler.is_compiling():
         backend = resolve(backend, device, dtypes)

@@ -153,4 +153,4 @@ def select(found: Nearest, num_matches: int, match_order: str) -> tuple[Tensor, 
     query = found.value.sort(dim=1, stable=True).indices[:, :num_matches]
     if match_order == "patch":
         query = query.sort(dim=1).values
-    return query.contiguous(), found.candidate.gather(1, query)
+    return query, found.candidate.gather(1, query)

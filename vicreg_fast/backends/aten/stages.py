@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...multiview import Plan, problems
-from ...rows import keeps_moments, keeps_operand_variance, uses_dual
+from ...multiview import Plan, index_shapes, problems
+from ...rows import WHOLE, Rows, keeps_moments, keeps_operand_variance, uses_dual
 from . import gradient as _gradient
 from . import matching
 from . import terms as _terms
@@ -28,7 +28,7 @@ def saved(
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every group, then moments and M of every group]."""
+    """[weighted inv, var, cov and their sum of every loss, their total, then moments and M of every group]."""
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
     groups = list(plan.groups(sources, indices))
     spare = spare_elements(groups, sources, indices)
@@ -39,7 +39,7 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
             value, statistics = _terms.terms([rows for _, rows in group], plan, product, spare)
             values.extend(value)
             saved.extend(statistics)
-    return [*values, *saved]
+    return [*plan.outputs_of(values), *saved]
 
 
 def gradient(
@@ -84,14 +84,34 @@ def gradient(
     return [total.to(source.dtype) for total, source in zip(totals, sources, strict=True) if total is not None]
 
 
-def match(queries: Tensor, candidates: Tensor, num_matches: int, match_order: str) -> list[Tensor]:
-    """[query, candidate] of queries -> candidates, then [query, candidate] of the other direction.
+def match(
+    maps: Sequence[Tensor],
+    locations: Sequence[Tensor],
+    counts: Sequence[int],
+    match_order: str,
+    across: bool,
+) -> list[Tensor]:
+    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`."""
+    found: list[Tensor] = []
+    with precision.exact_products("ieee", maps[0].device):
+        for queries, candidates in [locations, maps] if locations else [maps]:
+            directions = matching.nearest(queries, candidates)
+            chosen = [
+                index
+                for nearest, m in zip(directions, counts, strict=False)
+                for index in matching.select(nearest, m, match_order)
+            ]
+            for V, _, _ in index_shapes(len(queries), counts, across):
+                views, chosen = torch.stack(chosen[:V]), chosen[V:]
+                found.append(views.mT if across else views)
+    return found
 
-    (B, m) each, m = min(num_matches, number of queries on that side).
-    """
-    with precision.exact_products("ieee", queries.device):
-        there, back = matching.nearest(queries, candidates)
-    return [
-        *matching.select(there, num_matches, match_order),
-        *matching.select(back, num_matches, match_order),
-    ]
+
+def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Tensor:
+    """Euclidean distances (B, m) of matches (2, B, m)."""
+    dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
+    query, candidate = (
+        Rows(z, patch).read(WHOLE).to(dtype)
+        for z, patch in zip((queries, candidates), matches.unbind(), strict=True)
+    )
+    return torch.linalg.vector_norm(query - candidate, dim=-1)

@@ -41,6 +41,15 @@ class Product(NamedTuple):
     resident: int = 2
 
 
+class Matching(NamedTuple):
+    """The largest tile of distances, square, and inner length of one multiplication."""
+
+    tile: int
+    inner: int
+    warps: int = 4
+    stages: int = 3
+
+
 class Gradient(NamedTuple):
     """Tile of the gradient and inner length of one multiplication."""
 
@@ -51,7 +60,7 @@ class Gradient(NamedTuple):
     stages: int = 3
 
 
-Config = TypeVar("Config", Moments, Product, Gradient)
+Config = TypeVar("Config", Moments, Product, Gradient, Matching)
 
 
 class Row(NamedTuple, Generic[Config]):
@@ -73,6 +82,7 @@ class Table(NamedTuple):
     gram: dict[str, Rows[Product]]
     second_moment: dict[str, Rows[Product]]
     gradient: dict[str, Rows[Gradient]]
+    matching: dict[str, Rows[Matching]]
 
 
 class Kind(NamedTuple):
@@ -123,6 +133,14 @@ def _gradient(kind: Kind, stages: int, columns: int) -> Rows[Gradient]:
     return (*rows, Row(ANY, ANY, Gradient(128, 128, kind.inner, 8, stages))) if large else rows
 
 
+def _matching(stages: int, large: bool) -> dict[str, Rows[Matching]]:
+    fp32 = (Row(ANY, ANY, Matching(64, 32, 4, stages)),)
+    half = (Row(64, ANY, Matching(64, 64, 4, stages)),)
+    # Many patches are bound by products: larger tiles multiply more for each byte.
+    many = Matching(128, 64, 8, stages) if large else Matching(64, 64, 4, stages)
+    return {"fp32": fp32, "half": (*half, Row(ANY, ANY, many))}
+
+
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
     # The primal's operands pass through registers: shorter multiplications.
@@ -132,6 +150,7 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
+        matching=_matching(stages, half.largest > 64),
     )
 
 
@@ -199,7 +218,7 @@ found: dict[Key, Any] = {}
 
 
 def choose(key: Key) -> Any:
-    """Moments, Product or Gradient, as the key's kernel takes it."""
+    """Moments, Product, Gradient or Matching, as the key's kernel takes it."""
     return found.get(key) or from_table(key)
 
 

@@ -130,12 +130,10 @@ def _strides(rows: Rows) -> tuple[int, int, int, int]:
     return (0, first, second, features) if rows.across else (first, 0, second, features)
 
 
-def views(group: Sequence[tuple[int, Rows]]) -> Views:
+def views(group: Sequence[tuple[int, Rows]], index: Tensor | None) -> Views:
     """A group, ready for kernels: one view, the two of a pair, or the four of two pairs that go opposite ways."""
     sources = [source for source, _ in group]
-    if sources not in ([0], [0, 1], [0, 1, 1, 0]):
+    if sources not in ([0], [0, 1], [1, 0], [0, 1, 1, 0]):
         raise NotImplementedError(f"kernels have no views of sources {sources}")
     rows = [r for _, r in group]
-    patches = [r.patch for r in rows if r.patch is not None]
-    index = torch.stack(patches) if patches else None
     return Views(rows[0], rows[min(1, len(rows) - 1)], len(rows), index)

@@ -1,4 +1,4 @@
-"""The stages that a backend offers, composed for a plan: ``terms`` and ``gradient`` of groups of views."""
+"""The stages that a backend offers, composed for a plan: ``terms``, ``gradient``, ``match``."""
 
 import functools
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ...multiview import Plan
 from ...rows import WHOLE
-from ..aten.stages import match as match  # the same on every device, until there is a kernel
-from . import configs, launch, tuning
+from . import configs, launch, matching, tuning
 from . import gradient as _gradient
 from . import terms as _terms
 
@@ -23,22 +22,22 @@ def saved(
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every group, then moments, M and operand of every group]."""
+    """[weighted inv, var, cov and their sum of every loss, their total, then moments, M and operand of every group]."""
     sources = _of_one_type(sources)
     machine = configs.machine(sources[0].device)
     products = launch.products(plan.precision, sources, machine)
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with launch.on_device(sources[0].device):
-        for group in plan.groups(sources, indices):
-            views = launch.views(group)
+        for number, group in enumerate(plan.groups(sources, indices)):
+            views = launch.views(group, indices[number] if indices else None)
             found = tuning.tuned(
                 functools.partial(_terms.keys, views, products, machine),
                 functools.partial(_terms.terms, views, plan, products, machine),
             )
             values += found[:4]
             saved += found[4:]
-    return [*values, *saved]
+    return [*plan.outputs_of(values), *saved]
 
 
 def gradient(
@@ -59,13 +58,15 @@ def gradient(
             reached = upstream[3 * number : 3 * number + 3]
             if all(u is None for u in reached):
                 continue
-            views = launch.views(group)
+            views = launch.views(group, indices[number] if indices else None)
+            # The sources in the order of the views: the second direction's queries are of the second source.
+            order = list(dict.fromkeys(source for source, _ in group))
             kept = saved[3 * number : 3 * number + 3]
             found = tuning.tuned(
                 functools.partial(_gradient.keys, views, products, machine),
-                functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, needs),
+                functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, [needs[source] for source in order]),
             )
-            for source, grads in enumerate(found):
+            for source, grads in zip(order, found, strict=True):
                 if grads is None:
                     continue
                 if views.index is None:  # rows are the source's own, each once
@@ -83,6 +84,28 @@ def gradient(
         for total, source in zip(totals, sources, strict=True)
         if total is not None
     ]
+
+
+def match(
+    maps: Sequence[Tensor],
+    locations: Sequence[Tensor],
+    counts: Sequence[int],
+    match_order: str,
+    across: bool,
+) -> list[Tensor]:
+    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`."""
+    machine = configs.machine(maps[0].device)
+    with launch.on_device(maps[0].device):
+        return tuning.tuned(
+            lambda: [matching.key(maps, machine)],
+            lambda: matching.match(maps, locations, counts, match_order, across, machine),
+        )
+
+
+def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Tensor:
+    """Euclidean distances (B, m) of matches (2, B, m)."""
+    with launch.on_device(queries.device):
+        return matching.match_distances(queries, candidates, matches, configs.machine(queries.device))
 
 
 def _of_one_type(sources: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -28,6 +28,7 @@ _CONFIGS = {
     "gram": configs.Product,
     "second_moment": configs.Product,
     "gradient": configs.Gradient,
+    "matching": configs.Matching,
 }
 _read: set[Path] = set()
 
@@ -78,6 +79,9 @@ def candidates(kernel: str) -> Iterator[Any]:
         for rows, columns, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
             if 1024 <= rows * columns <= 8192:
                 yield configs.Moments(rows, columns, warps)
+    elif kernel == "matching":
+        for tile, inner, warps, stages in itertools.product((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)):
+            yield configs.Matching(tile, inner, warps, stages)
     elif kernel == "gradient":
         tiles = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
         for (rows, columns), inner, warps, stages in itertools.product(tiles, (16, 32, 64), (4, 8), (2, 3, 4)):
