@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vicreg_fast.backends.triton import configs, launch, stages
-from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
+from vicreg_fast.backends.triton import configs, launch, matching, stages
+from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan, local_views
 from vicreg_fast.rows import Rows
 
 # Bytes of shared memory: of a program, and of a processor.
@@ -55,6 +55,34 @@ SHAPES = (
     (1, 7, 8),
     (1, 1_500_000, 1024),
 )
+
+
+class Maps(NamedTuple):
+    """Two maps of B images, P1 and P2 patches, C channels, and what is matched of them."""
+
+    B: int
+    P1: int
+    P2: int
+    C: int
+    counts: tuple[int, int]
+    coordinates: int = 2
+    locations: torch.dtype = torch.float32
+    channels_first: bool = False
+
+
+# Both sides, one tile of distances and several, every row of the tables.
+MAPS = (
+    Maps(128, 49, 49, 512, (20, 20)),
+    Maps(128, 49, 49, 512, (20, 20), channels_first=True),
+    Maps(64, 196, 196, 768, (20, 4)),
+    Maps(64, 128, 9, 130, (49, 9), coordinates=3),
+    Maps(16, 64, 64, 384, (64, 64), locations=torch.float64),
+    Maps(16, 300, 196, 384, (20, 20), locations=torch.float64),
+    Maps(8, 50, 49, 33, (49, 20)),
+    Maps(8, 64, 80, 72, (64, 64)),
+    Maps(8, 30, 30, 32, (30, 30)),
+    Maps(8, 50, 49, 3, (10, 10)),
+)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _POINTERS = {
     torch.float32: "fp32",
@@ -80,7 +108,8 @@ class Variant(NamedTuple):
         return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
 
     def __str__(self) -> str:
-        shown = ("VIEWS", "HAS_INDEX", "DUAL", "ROUND", "KEEP", "LAST", "FEW")
+        shown = ("VIEWS", "HAS_INDEX", "DUAL", "ROUND", "KEEP", "LAST", "FEW", "AXES", "LOCATION_AXES", "NATIVE")
+        shown += ("BOTH", "WHOLE", "PATCH", "X", "Y", "INV", "COV")
         blocks = [v for k, v in self.constants.items() if k.startswith("BLOCK")]
         flags = [
             k.lower() if v is True else f"{k.lower()}={v}"
@@ -143,14 +172,39 @@ def _run(plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     sources = [torch.empty(P, 2 * N if indexed else N, D, dtype=dtype, device="cuda")] * plan.source_count
     if P * N * D > 1 << 30:  # strides of x are 32-bit numbers, those of y are not
         sources[1] = torch.empty_strided(shape, (2 * N * D, 2 * D, 1), dtype=dtype, device="cuda")
-    index = torch.empty(P, N, dtype=torch.int64, device="cuda")
-    indices = [index] * len(plan.view_source) if indexed else []
+    indices = [torch.empty(4, P, N, dtype=torch.int64, device="cuda")] if indexed else []
     outputs = stages.terms(plan, sources, indices)
     if plan.keep:
-        groups = len(plan.group_sizes)
-        upstream = outputs[: 3 * groups]
+        upstream = outputs[:3]
         for needs in ([True] * len(sources), [True] + [False] * (len(sources) - 1)):
-            stages.gradient(plan, sources, indices, outputs[4 * groups :], upstream, needs)
+            stages.gradient(plan, sources, indices, outputs[plan.outputs :], upstream, needs)
+
+
+def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
+    """Matches of both kinds and of features alone, and the local loss, forward and backward."""
+
+    def empty(P: int, channels: int, dtype: torch.dtype) -> Tensor:
+        shape = (maps.B, P, channels)
+        if maps.channels_first:
+            return torch.empty_strided(shape, (P * channels, 1, P), dtype=dtype, device="cuda")
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    sources = [empty(P, maps.C, dtype) for P in (maps.P1, maps.P2)]
+    locations = [empty(P, maps.coordinates, maps.locations) for P in (maps.P1, maps.P2)]
+    indices = stages.match(sources, locations, maps.counts, "distance", False)
+    stages.match(sources, locations, maps.counts, "patch", True)
+    matches, *_ = stages.match(sources, [], maps.counts[:1], "distance", False)
+    stages.match_distances(*sources, matches)
+    plan = local_views(maps.counts)._replace(precision=precision)
+    stages.terms(plan._replace(keep=False), sources, indices)
+    outputs = stages.terms(plan, sources, indices)
+    ups: list[Tensor | None] = outputs[:3] * len(plan.group_sizes)
+    for upstream, needs in (
+        (ups, [True, True]),
+        (ups, [False, True]),
+        ([None, None, *ups[2:]], [True, False]),
+    ):
+        stages.gradient(plan, sources, indices, outputs[plan.outputs :], upstream, needs)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -168,7 +222,9 @@ def variants(target: str) -> Iterator[Variant]:
         mock.patch.object(JITFunction, "run", take_down),
         mock.patch.object(configs, "machine", return_value=gpu),
         mock.patch.object(launch, "on_device", return_value=nullcontext()),
-        mock.patch.object(Rows, "add", return_value=None),  # ATen's, and not for tensors without a device
+        # ATen's, and not for tensors without a device.
+        mock.patch.object(Rows, "add", return_value=None),
+        mock.patch.object(matching, "_by_number", return_value=None),
     ):
         for shape in SHAPES:
             for dtype in DTYPES.values():
@@ -183,6 +239,10 @@ def variants(target: str) -> Iterator[Variant]:
                         _run(ONE_VIEW._replace(precision=precision), shape, dtype)
                     if precision is None or dtype == torch.float32:
                         _run(one_group._replace(precision=precision, across=False), shape, dtype)
+        for maps in MAPS:
+            for dtype in DTYPES.values():
+                for precision in (None, "highest", "high") if dtype == torch.float32 else (None,):
+                    _run_local(maps, dtype, precision)
     yield from seen.values()
 
 
@@ -217,7 +277,9 @@ def examine(variant: Variant, target: str) -> Resources:
         defects.append(f"{spilled} bytes spilled")
     if compiled.metadata.shared > limit:
         defects.append(f"{compiled.metadata.shared} bytes of shared memory, {limit} there")
-    multiplies = variant.constants.get("PRECISION") and variant.constants.get("COV", True)
+    constants = variant.constants
+    # Maps of so few channels are matched without a product.
+    multiplies = constants.get("PRECISION") and constants.get("COV", True) and not constants.get("AXES")
     if multiplies and not any("MMA" in op or "mfma" in op for op in found):
         defects.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:

@@ -45,6 +45,19 @@ def _sums_of(ptr, count, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store_terms(inv, var, cov, inv_ptr, var_ptr, cov_ptr, sum_ptr, k_inv, k_var, k_cov):
+    """Store sums times their factors, and their sum, which comes back."""
+    inv = (inv * k_inv).to(tl.float32)
+    var = (var * k_var).to(tl.float32)
+    cov = (above_zero(cov) * k_cov).to(tl.float32)
+    tl.store(inv_ptr, inv)
+    tl.store(var_ptr, var)
+    tl.store(cov_ptr, cov)
+    tl.store(sum_ptr, inv + var + cov)
+    return inv + var + cov
+
+
+@triton.jit
 def finish_terms(
     found_ptr, found, sums_ptr, sums, ticket_ptr, inv_ptr, var_ptr, cov_ptr, total_ptr,
     P, N, D, w_inv, w_var, w_cov, VIEWS: tl.constexpr, DUAL: tl.constexpr,
@@ -62,14 +75,32 @@ def finish_terms(
         norm, hinge, _ = _sums_of(found_ptr, found, 2, 1024)
         if DUAL:
             inv, hinge, square = _sums_of(sums_ptr, sums, 3, 1024)
-            norm = above_zero(norm - square)
+            norm -= square
         else:
             inv, _, _ = _sums_of(sums_ptr, sums, 1, 1024)
         count = P.to(tl.float64) * D
-        inv = (inv * w_inv / (count * N * ((VIEWS + 1) // 2))).to(tl.float32)
-        var = (hinge * w_var / (count * VIEWS)).to(tl.float32)
-        cov = (norm * w_cov / (count * VIEWS)).to(tl.float32)
-        tl.store(inv_ptr, inv)
-        tl.store(var_ptr, var)
-        tl.store(cov_ptr, cov)
-        tl.store(total_ptr, inv + var + cov)
+        pairs = (VIEWS + 1) // 2
+        _store_terms(
+            inv, hinge, norm, inv_ptr, var_ptr, cov_ptr, total_ptr,
+            w_inv / (count * N * pairs), w_var / (count * VIEWS), w_cov / (count * VIEWS),
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_losses(
+    sums_ptr, count, ticket_ptr, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr,
+    inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr, k_inv, k_var, k_cov,
+):  # fmt: skip
+    """As finish_terms, of two losses and their total; sums_ptr (2, count, 3): of invariance, hinge and covariance.
+
+    The ticket is zero again when this is done.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        inv0, var0, cov0 = _sums_of(sums_ptr, count, 3, 1024)
+        inv1, var1, cov1 = _sums_of(sums_ptr + 3 * count, count, 3, 1024)
+        total = 0.0
+        total += _store_terms(inv0, var0, cov0, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr, k_inv, k_var, k_cov)
+        total += _store_terms(inv1, var1, cov1, inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, k_inv, k_var, k_cov)
+        tl.store(total_ptr, total)
+        tl.store(ticket_ptr, 0)

@@ -11,12 +11,14 @@ Queries are x's patches, candidates y's, and the other way round: x (B, P1, C), 
 direction.  NaN is never nearer than a number, infinity included; equal distances go to the lowest number.
 
 Matches are numbers, of each group (2, B, m1) from x to y and (2, B, m2) back, queries and then their candidates.  Groups:
-locations and features, or features alone.  No matrix of distances is in memory: 2 P1 P2 C operations an image; both maps
+locations (0) and features (1), or features alone (0).  No matrix of distances is in memory: 2 P1 P2 C operations an image; both maps
 are read once for each block of the other's patches.
 """
 
 import triton
 import triton.language as tl
+
+from .rows import match_numbers
 
 
 @triton.jit
@@ -89,38 +91,33 @@ def _before(value, number, values, numbers):
 
 @triton.jit
 def _store_matches(
-    index_ptr, place, chosen, number, nearest, group, back, b, B, m1, m2, ACROSS: tl.constexpr
+    numbers_ptr, place, chosen, number, nearest, b, B, m, ACROSS: tl.constexpr
 ):  # fmt: skip
     """Store the chosen queries and their candidates at their places; ACROSS: (m, B) in the place of (B, m)."""
     B = B.to(tl.int64)
-    m = m1
-    at = index_ptr + group * 2 * B * (m1 + m2)
-    if back:
-        at += 2 * B * m1
-        m = m2
-    slots = at + (place * B + b if ACROSS else b * m + place)
+    slots = numbers_ptr + (place * B + b if ACROSS else b * m + place)
     tl.store(slots, number.to(tl.int64), mask=chosen)
     tl.store(slots + B * m, nearest.to(tl.int64), mask=chosen)
 
 
 @triton.jit
 def _select_whole(
-    index_ptr, value, nearest, P, group, back, b, B, m1, m2,
-    PATCH: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
+    numbers_ptr, value, nearest, P, b, B, m, PATCH: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The queries nearest to their candidates, where one program has all of an image's."""
     number = tl.arange(0, BLOCK)
     value = tl.where(number < P, value, float("inf"))
     place = _before(value, number, value, number)
-    chosen = (place < (m2 if back else m1)) & (number < P)
+    chosen = (place < m) & (number < P)
     if PATCH:
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    _store_matches(index_ptr, place, chosen, number, nearest, group, back, b, B, m1, m2, ACROSS)
+    _store_matches(numbers_ptr, place, chosen, number, nearest, b, B, m, ACROSS)
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
 def _match_forward_kernel(
-    x_ptr, y_ptr, x_location_ptr, y_location_ptr, index_ptr, value_ptr, nearest_ptr,
+    x_ptr, y_ptr, x_location_ptr, y_location_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr,
+    value_ptr, nearest_ptr, ticket_ptr,
     B, P1, P2, C, m1, m2,
     x_stride_b, x_stride_p, x_stride_c, y_stride_b, y_stride_p, y_stride_c,
     x_location_stride_b, x_location_stride_p, x_location_stride_a,
@@ -136,6 +133,8 @@ def _match_forward_kernel(
     AXES: channels where the maps have so few that they are compared as locations are, else 0; LOCATION_AXES: 0 where
     there are no locations.  SCORE: the type of distances.  BOTH: the other direction too.
     """
+    if tl.program_id(0) == 0:
+        tl.store(ticket_ptr, 0)
     blocks = tl.cdiv(P1, BLOCK_Q)
     block = tl.program_id(0) % blocks
     b = (tl.program_id(0) // blocks % B).to(tl.int64)
@@ -173,13 +172,15 @@ def _match_forward_kernel(
         if BOTH:
             value, query = tl.min(d, 0, return_indices=True)
             if WHOLE:
-                _select_whole(index_ptr, value, query, P2, group, True, b, B, m1, m2, PATCH, ACROSS, BLOCK_C)
+                numbers = match_numbers(group, 1, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
+                _select_whole(numbers, value, query, P2, b, B, m2, PATCH, ACROSS, BLOCK_C)
             else:
                 at = P1 + block * P2 + c
                 tl.store(left + at, value, mask=c < P2)
                 tl.store(left_nearest + at, block * BLOCK_Q + query, mask=c < P2)
     if WHOLE:
-        _select_whole(index_ptr, best, nearest, P1, group, False, b, B, m1, m2, PATCH, ACROSS, BLOCK_Q)
+        numbers = match_numbers(group, 0, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
+        _select_whole(numbers, best, nearest, P1, b, B, m1, PATCH, ACROSS, BLOCK_Q)
     else:
         tl.store(left + q, best, mask=q < P1)
         tl.store(left_nearest + q, nearest, mask=q < P1)
@@ -201,7 +202,7 @@ def _nearest_of_blocks(value_ptr, nearest_ptr, number, P, blocks):
 
 @triton.jit(do_not_specialize=["B", "m1", "m2", "blocks"])
 def _select_forward_kernel(
-    value_ptr, nearest_ptr, index_ptr, B, P1, P2, m1, m2, blocks,
+    value_ptr, nearest_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, B, P1, P2, m1, m2, blocks,
     BOTH: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: the places of BLOCK patches of one group, direction and image among all of them.
@@ -215,11 +216,11 @@ def _select_forward_kernel(
     which = tl.program_id(0) % programs
     image = tl.program_id(0) // programs
     at = image.to(tl.int64) * (P1 + blocks * P2)
-    back = which >= blocks_1
+    back = (which >= blocks_1).to(tl.int32)
     P = P1
     m = m1
     parts = 1
-    if back:
+    if back == 1:
         which -= blocks_1
         at += P1
         P = P2
@@ -233,9 +234,8 @@ def _select_forward_kernel(
         values, _ = _nearest_of_blocks(value_ptr + at, nearest_ptr + at, numbers, P, parts)
         place += _before(value, number, values, numbers)
     chosen = (place < m) & (number < P)
-    _store_matches(
-        index_ptr, place, chosen, number, nearest, image // B, back, image.to(tl.int64) % B, B, m1, m2, ACROSS
-    )
+    numbers_ptr = match_numbers(image // B, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
+    _store_matches(numbers_ptr, place, chosen, number, nearest, image.to(tl.int64) % B, B, m, ACROSS)
 
 
 @triton.jit(do_not_specialize=["B", "m"])

@@ -13,16 +13,7 @@ element.
 import triton
 import triton.language as tl
 
-from .rows import above_zero, column_offsets, load_rows, rounded, row_offsets, stored, view_of
-
-
-@triton.jit
-def _power_of_two(a):
-    """(s, 1 / s): the power of two at or below a > 0, by its exponent; 1 where there is none (zero, subnormal, infinite)."""
-    bits = a.to(tl.uint32, bitcast=True) & 0x7F800000
-    bits = tl.where((bits > 0) & (bits < 0x7F800000), bits, 0x3F800000)
-    bits = tl.minimum(bits, 0x7E800000)  # 2^126: the inverse of 2^127 is not normal
-    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+from .rows import above_zero, column_offsets, load_rows, power_of_two, rounded, row_offsets, stored, view_of
 
 
 @triton.jit
@@ -50,7 +41,7 @@ def _column_moments(
         largest = tl.maximum(largest, tl.abs(e))
     hi = tl.sum(z0, 0) + tl.sum(total, 0) / N
     # Deviations from the mean are at most twice those from the first row.
-    scale, inverse = _power_of_two(tl.max(largest, 0))
+    scale, inverse = power_of_two(tl.max(largest, 0))
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in range(0, N, BLOCK_N):

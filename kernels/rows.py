@@ -116,3 +116,25 @@ def triangle(t):
 def above_zero(t):
     """relu that lets NaN through, which maximum(NaN, 0) on a GPU does not."""
     return tl.where(t < 0.0, 0.0, t)
+
+
+@triton.jit
+def power_of_two(a):
+    """(s, 1 / s): the power of two at or below a > 0, by its exponent; 1 where there is none (zero, subnormal, infinite)."""
+    bits = a.to(tl.uint32, bitcast=True) & 0x7F800000
+    bits = tl.where((bits > 0) & (bits < 0x7F800000), bits, 0x3F800000)
+    bits = tl.minimum(bits, 0x7E800000)  # 2^126: the inverse of 2^127 is not normal
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def match_numbers(group, back, location_there, location_back, feature_there, feature_back):
+    """Of four pointers, matches by location and by feature in either direction, that of a group and a direction."""
+    ptr = location_there
+    if group == 0 and back == 1:
+        ptr = location_back
+    elif group == 1:
+        ptr = feature_there
+        if back == 1:
+            ptr = feature_back
+    return ptr

@@ -171,7 +171,11 @@ LOCAL_ATTRIBUTE_ERRORS = ATTRIBUTE_ERRORS | {
     "alpha-large": ("alpha", 1.5, r"alpha needs a number in \[0, 1\], got 1.5"),
     "alpha-nan": ("alpha", math.nan, r"alpha needs a number in \[0, 1\], got nan"),
     "num_matches-one": ("num_matches", 1, "num_matches needs to be at least 2 .*, got 1"),
-    "num_matches-fraction": ("num_matches", 2.5, "num_matches needs a whole number, got float 2.5"),
+    "num_matches-fraction": (
+        "num_matches",
+        2.5,
+        "num_matches needs a whole number, a pair of them or None, got float 2.5",
+    ),
     "statistics-unknown": ("statistics", "batch", "statistics needs one of .*, got 'batch'"),
     "order-unknown": ("match_order", "random", "match_order needs one of .*, got 'random'"),
 }
@@ -230,11 +234,25 @@ def test_alpha_may_be_the_ends_of_its_interval(value):
 
 @pytest.mark.parametrize("statistics", ["image", "slot"])
 @pytest.mark.parametrize(
-    "value", [2.5, 2.0, "3", True, None, torch.tensor(3)], ids=["2.5", "2.0", "str", "bool", "none", "tensor"]
+    "value",
+    [2.5, 2.0, "3", True, torch.tensor(3), torch.tensor([3, 4]), (3, 2.5), [True, 3], (None, 3)],
+    ids=["2.5", "2.0", "str", "bool", "tensor", "tensor-of-two", "pair", "list", "none-in-pair"],
 )
 def test_num_matches_of_another_type(value, statistics):
-    with pytest.raises(TypeError, match="num_matches needs a whole number, got"):
+    with pytest.raises(TypeError, match="num_matches needs a whole number, a pair of them or None, got"):
         VICRegLLoss(num_matches=value, statistics=statistics)
+
+
+@pytest.mark.parametrize("value", [(), (3,), [2, 3, 4]], ids=str)
+def test_num_matches_of_other_than_two_directions(value):
+    with pytest.raises(ValueError, match=f"num_matches needs .* a pair of them .*, got {len(value)} numbers"):
+        VICRegLLoss(num_matches=value)
+
+
+@pytest.mark.parametrize("value", [(1, 4), (4, 1)], ids=str)
+def test_num_matches_of_one_direction_below_two(value):
+    with pytest.raises(ValueError, match="num_matches needs to be at least 2 .*image.*, got 1"):
+        VICRegLLoss(num_matches=value)
 
 
 @pytest.mark.parametrize("value", [1, 0, -3])
@@ -399,6 +417,21 @@ def test_fewer_patches_than_matches(side, statistics):
     small = {f"x{side}_maps": randn(B, 4, C), f"x{side}_locations": randn(B, 4, 2)}
     with pytest.raises(ValueError, match=rf"num_matches=5 needs .*x{side}_maps, got shape \(3, 4, 5\)"):
         local_loss(5, statistics=statistics)(**local_arguments(**small))
+
+
+@pytest.mark.parametrize("statistics", ["image", "slot"])
+def test_fewer_patches_than_a_direction_has_matches(statistics):
+    fewer = {"x2_maps": randn(B, 4, C), "x2_locations": randn(B, 4, 2)}
+    local_loss((5, 4), statistics=statistics)(**local_arguments(**fewer))
+    with pytest.raises(ValueError, match=r"num_matches=5 needs .*x2_maps, got shape \(3, 4, 5\)"):
+        local_loss((4, 5), statistics=statistics)(**local_arguments(**fewer))
+
+
+def test_all_matches_of_one_patch_an_image():
+    one = {"x2_maps": randn(B, 1, C), "x2_locations": randn(B, 1, 2)}
+    local_loss(None, statistics="slot")(**local_arguments(**one))
+    with pytest.raises(ValueError, match=r"x2_maps needs at least 2 patches .*image.*, got \(3, 1, 5\)"):
+        local_loss(None)(**local_arguments(**one))
 
 
 def test_as_many_patches_as_matches():

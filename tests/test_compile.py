@@ -1,5 +1,6 @@
 """torch.compile: one graph, and the values and gradients of the reference in eager mode."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ KINDS = ("vicreg", "image", "slot")  # VICRegLoss, and VICRegLLoss by its statis
 # Dynamo itself makes the instance that torch.autograd.Function warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 every_kind = pytest.mark.parametrize("kind", KINDS)
+TRITON = importlib.util.find_spec("triton") is not None
 dual_and_primal = both_sides(dual=[(6, 80)], primal=[(16, 6)])
 
 
@@ -247,7 +249,8 @@ def local_indices(across: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     # Queries and candidates of maps 1, 2, 2, 1 in each of the two groups.
     found = [torch.randint(P, (B, M), generator=generator) for P in (P1, P2, P2, P1) * 2]
-    return [index.t() for index in found] if across else found
+    groups = [torch.stack(found[:4]), torch.stack(found[4:])]
+    return [group.mT for group in groups] if across else groups
 
 
 def transposed(*shape: int, seed: int) -> torch.Tensor:
@@ -315,9 +318,8 @@ def test_opcheck_terms(name):
 def test_opcheck_gradient(name, partial):
     plan, sources, indices = operator_cases()[name]
     outputs = torch.ops.vicreg_fast.terms(sources, indices, *plain(plan))
-    groups = len(plan.group_sizes)
-    saved = outputs[4 * groups :]
-    upstream: list[torch.Tensor | None] = [outputs[0].new_ones(()) for _ in range(3 * groups)]
+    saved = outputs[plan.outputs :]
+    upstream: list[torch.Tensor | None] = [outputs[0].new_ones(()) for _ in range(3 * len(plan.group_sizes))]
     needs = [True] * len(sources)
     if partial:
         upstream[0] = None
@@ -329,14 +331,29 @@ def test_opcheck_gradient(name, partial):
     )
 
 
+@pytest.fixture(params=["aten", *(["triton"] if TRITON else [])])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that runs here."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
+
+
 @pytest.mark.parametrize("channels", [2, 3, 6], ids="{}channels".format)
 @pytest.mark.parametrize("order", ["distance", "patch"])
-@pytest.mark.parametrize("num_matches", [1, 3, 8])
-def test_opcheck_match(channels, order, num_matches):
-    queries, candidates = randn(B, P1, channels, seed=1), randn(B, P2, channels, seed=2)
-    torch.library.opcheck(
-        torch.ops.vicreg_fast.match, (queries, candidates, num_matches, order, "aten"), test_utils=CHECKS
-    )
+@pytest.mark.parametrize("counts", [(1,), (3, 3), (8, 2)], ids=str)
+@pytest.mark.parametrize("across", [False, True], ids=["image", "slot"])
+def test_opcheck_match(channels, order, counts, across, backend):
+    maps = [randn(B, P, channels, seed=P).float() for P in (P1, P2)]
+    locations = [randn(B, P, 2, seed=P) for P in (P1, P2)]
+    given = (maps, locations if len(counts) == 2 else [], counts, order, across, backend)
+    torch.library.opcheck(torch.ops.vicreg_fast.match, given, test_utils=CHECKS)
+
+
+def test_opcheck_match_distances(backend):
+    queries, candidates = (randn(B, P, 6, seed=P).float() for P in (P1, P2))
+    matches = torch.zeros(2, B, 3, dtype=torch.int64)
+    given = (queries, candidates, matches, backend)
+    torch.library.opcheck(torch.ops.vicreg_fast.match_distances, given, test_utils=CHECKS)
 
 
 @every_kind
@@ -356,12 +373,13 @@ def test_a_graph_holds_the_operators_and_eager_code_does_not(kind, monkeypatch):
     parts = 1 if kind == "vicreg" else 2  # the global embeddings and the matched patches
     assert called.count("vicreg_fast.terms.default") == parts
     assert called.count("vicreg_fast.gradient.default") == parts
-    assert called.count("vicreg_fast.match.default") == (0 if kind == "vicreg" else 2)
+    assert called.count("vicreg_fast.match.default") == (0 if kind == "vicreg" else 1)
 
     def forbidden(*arguments: Any) -> None:
         raise AssertionError("eager code called a registered operator")
 
-    fake = type("Operators", (), dict.fromkeys(("terms", "gradient", "match"), forbidden))
+    names = ("terms", "gradient", "match", "match_distances")
+    fake = type("Operators", (), dict.fromkeys(names, forbidden))
     monkeypatch.setattr(torch.ops, "vicreg_fast", fake)
     assert operators.torch.ops.vicreg_fast is fake
     make_loss(kind)(*arguments(kind))["loss"].backward()

@@ -27,24 +27,19 @@ SIZES = [1, 2, 16, 17, 64, 65, 300, 2048, 10**5, 3 * 10**6]
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "patches", "expected"),
+    ("capability", "dtype", "expected"),
     [
-        ((9, 0), torch.float32, False, "triton"),
-        ((8, 0), torch.bfloat16, False, "triton"),
-        ((7, 5), torch.float16, False, "aten"),
-        ((9, 0), torch.float64, False, "aten"),
-        ((9, 0), torch.float32, True, "aten"),
+        ((9, 0), torch.float32, "triton"),
+        ((8, 0), torch.bfloat16, "triton"),
+        ((7, 5), torch.float16, "aten"),
+        ((9, 0), torch.float64, "aten"),
     ],
 )
 def test_auto(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    patches: bool,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert backends.choose("auto", torch.device("cuda"), (dtype, dtype), patches=patches) == expected
+    assert backends.choose("auto", torch.device("cuda"), (dtype, dtype)) == expected
 
 
 def test_auto_on_rocm_asks_for_no_capability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,32 +57,18 @@ def test_auto_on_a_cpu_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> No
     assert backends.choose("auto", torch.device("cpu"), (torch.float32,)) == "aten"
 
 
-def test_matching_is_left_to_aten_in_traced_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where "auto" stays "auto" until an operator runs; the operator of matching wants a backend's name."""
-    asked = []
-
-    def match(queries: Tensor, candidates: Tensor, m: int, order: str, backend: str) -> list[Tensor]:
-        asked.append(backend)
-        return [torch.zeros(2, m, dtype=torch.int64, device="meta")] * 4
-
-    monkeypatch.setattr(functional.operators, "match", match)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    functional.match_patches(torch.empty(2, 5, 8, device="meta"), torch.empty(2, 6, 8, device="meta"), 3)
-    assert asked == ["aten"]
-
-
 # -- tables -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", configs.FAMILIES)
 def test_every_shape_has_a_configuration(family: str) -> None:
-    kinds = [("moments", "")]
+    kinds = [("moments", ""), ("local", ""), ("matching", "fp32"), ("matching", "half")]
     kinds += [
         (kernel, kind) for kernel in ("gram", "second_moment", "gradient") for kind in ("fp32", "tf32", "half")
     ]
     for aligned, (kernel, kind), N, D in itertools.product((True, False), kinds, SIZES, SIZES):
         key = Key(family, 132, aligned, kernel, kind, 2, N, D)
-        assert isinstance(configs.from_table(key), Moments | Product | configs.Gradient)
+        assert type(configs.from_table(key)) is configs.KINDS[kernel]
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,8 @@ from .data import EXACT
 TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("aten", "reference", *(["triton"] if TRITON else []))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-# Triton 3.6's interpreter takes the bounds of a loop from arrays, which NumPy 2.4 refuses and 2.3 warns of.
-# And any NumPy warns of infinity minus infinity, which the interpreter computes with it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+# NumPy warns of infinity minus infinity, which the interpreter computes with it.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)

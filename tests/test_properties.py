@@ -220,7 +220,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "local_inputs": lambda: checks.local_inputs(
         {"x1_maps": meta(2, 9, 4), "x2_maps": meta(2, 7, 4)},
         {"x1_locations": meta(2, 9, 2), "x2_locations": meta(2, 7, 2)},
-        5,
+        (5, 5),
+        "image",
     ),
     "distance_matrix": lambda: checks.distance_matrix(meta(2, 9, 7), meta(2, 9, 4), meta(2, 7, 4)),
     "coefficient": lambda: checks.coefficient("inv_coeff", meta(1)),

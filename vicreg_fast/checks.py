@@ -112,7 +112,7 @@ def match_count(value: object, need: str = "a whole number", least: int = 1) -> 
 
 def num_matches(value: object, statistics: str) -> tuple[int, int] | None:
     """Matches of each direction, from a whole number or a pair of them; None: every patch is matched."""
-    need = "a whole number, a pair of them (from the first view and from the second) or None"
+    need = "a whole number, a pair of them or None"
     least = 2 if statistics == "image" else 1
     if value is None:
         return None

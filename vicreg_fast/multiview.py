@@ -76,11 +76,11 @@ class Plan(NamedTuple):
         """Per group, each view's source number and rows; ``indices`` has one tensor (V, P, N) a group or is empty."""
         first = 0
         for number, size in enumerate(self.group_sizes):
-            group = []
-            for view, source in enumerate(self.view_source[first : first + size]):
-                index = indices[number][view] if indices else None
-                group.append((source, Rows(problems(sources[source]), index, self.across)))
-            yield group
+            patches = indices[number].unbind() if indices else [None] * size
+            yield [
+                (source, Rows(problems(sources[source]), patch, self.across))
+                for source, patch in zip(self.view_source[first : first + size], patches, strict=True)
+            ]
             first += size
 
 

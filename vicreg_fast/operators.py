@@ -49,7 +49,7 @@ def match(
 
     ``maps``, ``locations``: of both views.  ``counts``: matches from the first view to the second and back; of one
     direction alone, that one.  Tensors as :func:`multiview.index_shapes` says; of both directions' views, queries and
-    then their candidates.
+    then their candidates.  Kernels add a zero, the ticket that the terms' programs are counted with.
     """
     maps, locations = [z.detach() for z in maps], [z.detach() for z in locations]
     if torch.compiler.is_compiling():
@@ -104,10 +104,8 @@ def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
     outputs = [new((), dtype=dtype) for _ in range(plan.outputs)]
-    saved = backends.stages(plan.backend).saved
-    for group in plan.groups(sources, indices):
-        outputs.extend(new(s, dtype=t) for s, t in saved(plan, sources, len(group), *group[0][1].shape))
-    return outputs
+    saved = backends.stages(plan.backend).saved(plan, sources, indices)
+    return [*outputs, *(new(shape, dtype=dtype) for shape, dtype in saved)]
 
 
 @torch.library.impl("vicreg_fast::gradient", "default")
@@ -167,7 +165,10 @@ def _fake_match(
     backend: str,
 ) -> list[Tensor]:
     shapes = index_shapes(maps[0].shape[0], counts, across) * (2 if locations else 1)
-    return [maps[0].new_empty(shape, dtype=torch.int64) for shape in shapes]
+    found = [maps[0].new_empty(shape, dtype=torch.int64) for shape in shapes]
+    if _resolved_backend(backend, maps) == "triton":
+        found.append(maps[0].new_empty(1, dtype=torch.int32))
+    return found
 
 
 @torch.library.impl("vicreg_fast::match_distances", "default")

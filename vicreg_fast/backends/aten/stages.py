@@ -15,16 +15,19 @@ from .blocks import spare_elements
 
 
 def saved(
-    plan: Plan, sources: Sequence[Tensor], V: int, P: int, N: int, D: int
+    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what a group saves besides its inputs: moments and M, (0,) where there is nothing."""
-    side = N if uses_dual(P, N, D) else D
-    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
+    """Shapes and types of what is saved besides the inputs: every group's moments and M, (0,) where there is nothing."""
     dtype = precision.accumulation_dtype([source.dtype for source in sources])
-    return [
-        ((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,), dtype),
-        ((P, V, side, side) if plan.covariance else (0,), dtype),
-    ]
+    shapes: list[tuple[int, ...]] = []
+    for group in plan.groups(sources, indices):
+        V = len(group)
+        P, N, D = group[0][1].shape
+        side = N if uses_dual(P, N, D) else D
+        rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
+        shapes.append((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,))
+        shapes.append((P, V, side, side) if plan.covariance else (0,))
+    return [(shape, dtype) for shape in shapes]
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
@@ -97,13 +100,13 @@ def match(
         for queries, candidates in [locations, maps] if locations else [maps]:
             directions = matching.nearest(queries, candidates)
             chosen = [
-                index
+                index.t() if across else index
                 for nearest, m in zip(directions, counts, strict=False)
                 for index in matching.select(nearest, m, match_order)
             ]
             for V, _, _ in index_shapes(len(queries), counts, across):
-                views, chosen = torch.stack(chosen[:V]), chosen[V:]
-                found.append(views.mT if across else views)
+                found.append(torch.stack(chosen[:V]))
+                chosen = chosen[V:]
     return found
 
 

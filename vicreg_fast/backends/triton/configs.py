@@ -50,6 +50,21 @@ class Matching(NamedTuple):
     stages: int = 3
 
 
+class Local(NamedTuple):
+    """Columns at a time of a program of the local loss's forward pass."""
+
+    columns: int
+    warps: int = 4
+
+
+class LocalGradient(NamedTuple):
+    """Patches and columns of a program of the local loss's backward pass."""
+
+    patches: int
+    columns: int
+    warps: int = 4
+
+
 class Gradient(NamedTuple):
     """Tile of the gradient and inner length of one multiplication."""
 
@@ -60,11 +75,23 @@ class Gradient(NamedTuple):
     stages: int = 3
 
 
-Config = TypeVar("Config", Moments, Product, Gradient, Matching)
+Config = TypeVar("Config", Moments, Product, Gradient, Matching, Local, LocalGradient)
+
+
+# What a kernel's configuration is.
+KINDS: dict[str, type] = {
+    "moments": Moments,
+    "gram": Product,
+    "second_moment": Product,
+    "gradient": Gradient,
+    "matching": Matching,
+    "local": Local,
+    "local_gradient": LocalGradient,
+}
 
 
 class Row(NamedTuple, Generic[Config]):
-    """The configuration up to these limits."""
+    """The configuration up to these limits; of the local loss's kernels, of matches and of patches."""
 
     samples: float
     features: float
@@ -83,6 +110,8 @@ class Table(NamedTuple):
     second_moment: dict[str, Rows[Product]]
     gradient: dict[str, Rows[Gradient]]
     matching: dict[str, Rows[Matching]]
+    local: dict[str, Rows[Local]]
+    local_gradient: Rows[LocalGradient]
 
 
 class Kind(NamedTuple):
@@ -133,12 +162,16 @@ def _gradient(kind: Kind, stages: int, columns: int) -> Rows[Gradient]:
     return (*rows, Row(ANY, ANY, Gradient(128, 128, kind.inner, 8, stages))) if large else rows
 
 
-def _matching(stages: int, large: bool) -> dict[str, Rows[Matching]]:
-    fp32 = (Row(ANY, ANY, Matching(64, 32, 4, stages)),)
-    half = (Row(64, ANY, Matching(64, 64, 4, stages)),)
-    # Many patches are bound by products: larger tiles multiply more for each byte.
-    many = Matching(128, 64, 8, stages) if large else Matching(64, 64, 4, stages)
-    return {"fp32": fp32, "half": (*half, Row(ANY, ANY, many))}
+def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
+    # Many patches are bound by products: larger tiles multiply more for each byte.  Of float32, three products keep a
+    # processor busy with small ones.
+    rows = (Row(64 if half.largest > 64 else ANY, ANY, Matching(64, half.inner, half.warps, stages)),)
+    many = (Row(ANY, ANY, Matching(half.largest, half.inner, 8, stages)),) if half.largest > 64 else ()
+    return {"fp32": (Row(ANY, ANY, Matching(64, fp32.inner, fp32.warps, stages)),), "half": (*rows, *many)}
+
+
+def _local(warps: int) -> Rows[Local]:
+    return Row(32, ANY, Local(32, warps)), Row(ANY, ANY, Local(16, warps))
 
 
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
@@ -150,7 +183,15 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
-        matching=_matching(stages, half.largest > 64),
+        matching=_matching(stages, fp32, half),
+        local={name: _local(8 if name == "fp32" else 4) for name in kinds},
+        # All of an image's patches in one program, as far as they go: others compute the same rows again.
+        local_gradient=(
+            Row(32, 64, LocalGradient(64, 32)),
+            Row(32, 128, LocalGradient(128, 32, 8)),
+            Row(32, ANY, LocalGradient(256, 16, 8)),
+            Row(ANY, ANY, LocalGradient(32, 16)),
+        ),
     )
 
 
@@ -218,7 +259,7 @@ found: dict[Key, Any] = {}
 
 
 def choose(key: Key) -> Any:
-    """Moments, Product, Gradient or Matching, as the key's kernel takes it."""
+    """The configuration that the key's kernel takes."""
     return found.get(key) or from_table(key)
 
 

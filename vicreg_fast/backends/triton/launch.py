@@ -23,6 +23,7 @@ class Products(NamedTuple):
     dot: str  # Triton's input_precision, of float32 operands
     type: torch.dtype  # of the operand in memory
     kind: str  # the rows of configs.py
+    exact: str  # Triton's input_precision of products as accurate as float32, whatever the precision
 
     @property
     def matrix_type(self) -> torch.dtype:
@@ -59,12 +60,12 @@ def products(plan_precision: str | None, sources: Sequence[Tensor], machine: Mac
     exact = "ieee" if on_cpu or machine.family.startswith("gfx") else "tf32x3"
     if product == "bf16" and on_cpu:
         # Triton's interpreter computes bfloat16 wrong: the same numbers as float32.
-        return Products("bf16_bits", tf32, torch.float32, "tf32")
+        return Products("bf16_bits", tf32, torch.float32, "tf32", exact)
     return {
-        "ieee": Products("none", exact, torch.float32, "fp32"),
-        "tf32": Products("tf32", tf32, torch.float32, "tf32"),
-        "bf16": Products("bf16", tf32, torch.bfloat16, "half"),
-        "fp16": Products("fp16", tf32, torch.float16, "half"),
+        "ieee": Products("none", exact, torch.float32, "fp32", exact),
+        "tf32": Products("tf32", tf32, torch.float32, "tf32", exact),
+        "bf16": Products("bf16", tf32, torch.bfloat16, "half", exact),
+        "fp16": Products("fp16", tf32, torch.float16, "half", exact),
     }[product]
 
 
@@ -120,6 +121,20 @@ class Views:
     def constants(self) -> dict[str, Any]:
         """What every kernel that reads views is compiled for."""
         return {"VIEWS": self.count, "HAS_INDEX": self.index is not None}
+
+
+def block_of(count: int, largest: int) -> int:
+    """The block that covers a count: of 16 at least, which products need."""
+    return min(largest, max(16, 1 << (count - 1).bit_length()))
+
+
+def by_direction(found: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of match sets, (4, ...) a group or (2, ...) a direction, as four: of each group there and back.
+
+    Of one group or one direction, others stand in the place of what is not there: they are not used.
+    """
+    sets = [half for views in found for half in (views.split(2) if len(views) == 4 else [views])]
+    return sets * (4 // len(sets))
 
 
 def _strides(rows: Rows) -> tuple[int, int, int, int]:

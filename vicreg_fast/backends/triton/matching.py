@@ -10,7 +10,7 @@ from ...kernels import matching as kernels
 from ...multiview import index_shapes
 from ..aten.matching import MAX_COORDINATES
 from .configs import Key, Machine, Matching, choose, launch_options
-from .launch import products
+from .launch import block_of, by_direction, products
 
 # Patches of a program of the selection; matches and channels of one of the distances.
 _SELECTED = 128
@@ -20,11 +20,6 @@ _MEASURED, _CHANNELS = 16, 64
 def _axes(rows: Tensor) -> int:
     """Channels of rows that are compared as locations are; 0 of longer ones."""
     return rows.shape[2] if rows.shape[2] <= MAX_COORDINATES else 0
-
-
-def _block(count: int, largest: int) -> int:
-    """The block that covers a count of patches: of 16 at least, which products need."""
-    return min(largest, max(16, 1 << (count - 1).bit_length()))
 
 
 def key(maps: Sequence[Tensor], machine: Machine) -> Key:
@@ -45,7 +40,10 @@ def match(
     across: bool,
     machine: Machine,
 ) -> list[Tensor]:
-    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`."""
+    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`.
+
+    And a ticket, zero, which the launch that comes next counts its programs with.
+    """
     x, y = maps
     x_location, y_location = locations or maps
     chosen_by = key(maps, machine)
@@ -57,19 +55,23 @@ def match(
     groups = 2 if locations else 1
     wide = torch.float64 in (x_location.dtype, y_location.dtype)
     largest = min(config.tile, 64) if wide else config.tile  # float64 distances take twice the registers
-    block_q, block_c = _block(P1, largest), _block(P2, largest)
+    block_q, block_c = block_of(P1, largest), block_of(P2, largest)
     whole = P1 <= block_q and P2 <= block_c
     blocks = -(-P1 // block_q)
-    index = torch.empty(groups * 2 * B * (m1 + m2), dtype=torch.int64, device=x.device)
+    found = [
+        torch.empty(shape, dtype=torch.int64, device=x.device) for shape in index_shapes(B, counts, across) * groups
+    ]
+    numbers = by_direction(found)
+    ticket = torch.empty(1, dtype=torch.int32, device=x.device)
     left = 0 if whole else groups * B * (P1 + blocks * P2)
     value = torch.empty(left, dtype=torch.float64 if wide else torch.float32, device=x.device)
     nearest = torch.empty(left, dtype=torch.int32, device=x.device)
     kernels._match_forward_kernel[(groups * B * blocks,)](
-        x, y, x_location, y_location, index, value, nearest, B, P1, P2, C, m1, m2,
+        x, y, x_location, y_location, *numbers, value, nearest, ticket, B, P1, P2, C, m1, m2,
         *x.stride(), *y.stride(), *x_location.stride(), *y_location.stride(),
         AXES=_axes(x), LOCATION_AXES=_axes(x_location) if locations else 0,
         SCORE=tl.float64 if wide else tl.float32, NATIVE=chosen_by.kind == "half",
-        PRECISION=products("highest", maps, machine).dot,
+        PRECISION=products(None, maps, machine).exact,
         BOTH=both, WHOLE=whole, PATCH=match_order == "patch", ACROSS=across,
         BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=config.inner,
         **launch_options(machine, config.warps, config.stages),
@@ -77,17 +79,13 @@ def match(
     if not whole:
         programs = -(-P1 // _SELECTED) + (-(-P2 // _SELECTED) if both else 0)
         kernels._select_forward_kernel[(groups * B * programs,)](
-            value, nearest, index, B, P1, P2, m1, m2, blocks,
+            value, nearest, *numbers, B, P1, P2, m1, m2, blocks,
             BOTH=both, ACROSS=across, BLOCK=_SELECTED, **launch_options(machine, warps=8),
         )  # fmt: skip
-    found = []
-    for shape in index_shapes(B, counts, across) * groups:
-        views = index[: shape[0] * shape[1] * shape[2]].view(shape)
-        index = index[views.numel() :]
-        if match_order == "patch" and not whole:
-            _by_number(views, across)
-        found.append(views)
-    return found
+        if match_order == "patch":
+            for views in found:
+                _by_number(views, across)
+    return [*found, ticket]
 
 
 def _by_number(views: Tensor, across: bool) -> None:

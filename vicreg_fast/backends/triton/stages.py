@@ -8,17 +8,23 @@ from torch import Tensor
 
 from ...multiview import Plan
 from ...rows import WHOLE
-from . import configs, launch, matching, tuning
+from . import configs, launch, local, matching, tuning
 from . import gradient as _gradient
 from . import terms as _terms
 
 
 def saved(
-    plan: Plan, sources: Sequence[Tensor], V: int, P: int, N: int, D: int
+    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what a group saves besides its inputs: moments, M and the dual's operand."""
-    products = launch.products(plan.precision, sources, configs.machine(sources[0].device))
-    return _terms.saved(plan, products, V, P, N, D)
+    """Shapes and types of what is saved besides the inputs."""
+    products = launch.products(plan.precision, _of_one_type(sources), configs.machine(sources[0].device))
+    if local.fits(plan, indices):
+        return local.saved(plan, sources[0].shape, indices, products)
+    return [
+        each
+        for group in plan.groups(sources, indices)
+        for each in _terms.saved(plan, products, len(group), *group[0][1].shape)
+    ]
 
 
 def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
@@ -26,6 +32,12 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
     sources = _of_one_type(sources)
     machine = configs.machine(sources[0].device)
     products = launch.products(plan.precision, sources, machine)
+    if local.fits(plan, indices):
+        with launch.on_device(sources[0].device):
+            return tuning.tuned(
+                lambda: local.keys(plan, sources, indices, products, machine)[:1],
+                lambda: local.terms(plan, sources, indices, products, machine),
+            )
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with launch.on_device(sources[0].device):
@@ -52,6 +64,13 @@ def gradient(
     alike = _of_one_type(sources)
     machine = configs.machine(sources[0].device)
     products = launch.products(plan.precision, alike, machine)
+    if local.fits(plan, indices):
+        with launch.on_device(sources[0].device):
+            grads = tuning.tuned(
+                lambda: local.keys(plan, alike, indices, products, machine)[1:],
+                lambda: local.gradient(plan, alike, indices, saved, upstream, needs, products, machine),
+            )
+        return [g.to(source.dtype) for g, source in zip(grads, sources, strict=True) if g is not None]
     totals: list[Tensor | None] = [None] * len(sources)
     with launch.on_device(sources[0].device):
         for number, group in enumerate(plan.groups(alike, indices)):

@@ -23,13 +23,6 @@ from . import configs
 
 Result = TypeVar("Result")
 
-_CONFIGS = {
-    "moments": configs.Moments,
-    "gram": configs.Product,
-    "second_moment": configs.Product,
-    "gradient": configs.Gradient,
-    "matching": configs.Matching,
-}
 _read: set[Path] = set()
 
 
@@ -67,7 +60,7 @@ def rows() -> dict[configs.Key, Any]:
         try:
             row = json.loads(line)
             key = configs.Key(*row["key"])
-            found[key] = _CONFIGS[key.kernel](**row["config"])
+            found[key] = configs.KINDS[key.kernel](**row["config"])
         except (ValueError, TypeError, LookupError):
             warnings.warn(f"{file()}, line {number}, is no row of a search and is left out", stacklevel=2)
     return found
@@ -82,6 +75,13 @@ def candidates(kernel: str) -> Iterator[Any]:
     elif kernel == "matching":
         for tile, inner, warps, stages in itertools.product((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)):
             yield configs.Matching(tile, inner, warps, stages)
+    elif kernel == "local":
+        for columns, warps in itertools.product((16, 32, 64, 128), (4, 8)):
+            yield configs.Local(columns, warps)
+    elif kernel == "local_gradient":
+        for patches, columns, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
+            if patches * columns <= 8192:
+                yield configs.LocalGradient(patches, columns, warps)
     elif kernel == "gradient":
         tiles = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
         for (rows, columns), inner, warps, stages in itertools.product(tiles, (16, 32, 64), (4, 8), (2, 3, 4)):

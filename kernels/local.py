@@ -1,0 +1,289 @@
+"""VICRegL's per-image statistics: the terms of every image's matched patches, taken from the maps themselves.
+
+    z = rows number[k] of a map, k < m      c = z - mean(z)      o = round(c)      v = |c_d|^2 / (m - 1)
+    dual    cov = (sum (o o')^2 / (m-1)^2 - sum vhat^2) / D      G = o o' / (m - 1)
+    primal  cov = sum C0^2 / D                                   C0 = o'o / (m - 1), its diagonal zero
+    g = a (G o - vhat o) + f c + b (z - other)                   a o C0 on the primal side; f and b as in gradient.py
+
+Match sets: by location (group 0) and by feature (1), from x to y (direction 0) and back; each has a query view and a
+candidate view, and at most 64 matches.  x (B, P1, D), y (B, P2, D), any strides; numbers (2, B, m) a set, queries and then
+candidates; G (2, B, m, m) a set, on the operand's grid, dual only.
+
+A set's rows go from the maps into registers, all at once, and are centred there: no moments are kept and none is read
+again.  Forward: 4 m D elements are read for each group of an image, and 4 m^2 D operations done.  Backward: the same
+rows, and both gradients are written, each element once.
+"""
+
+import triton
+import triton.language as tl
+
+from .finish import finish_losses
+from .rows import above_zero, column_offsets, load_rows, match_numbers, power_of_two, rounded, stored, view_of
+
+
+@triton.jit
+def _centred(z, n, N):
+    """Rows n < N of z (rows, columns) minus their mean; others zero.
+
+    The first row is subtracted first, so that a constant column is zero, exactly.
+    """
+    mask = (n < N)[:, None]
+    first = tl.sum(tl.where((n == 0)[:, None], z, 0.0), 0)
+    e = tl.where(mask, z - first[None, :], 0.0)
+    e -= tl.where(mask, tl.sum(e, 0)[None, :] / N, 0.0)
+    return e - tl.where(mask, tl.sum(e, 0)[None, :] / N, 0.0)
+
+
+@triton.jit
+def _deviation(c, N):
+    """Standard deviations of centred columns, scaled before they are squared."""
+    scale, inverse = power_of_two(tl.max(tl.abs(c), 0))
+    e = c * inverse[None, :]
+    return tl.sqrt_rn(tl.sum(e * e, 0) / (N - 1)) * scale
+
+
+@triton.jit
+def _all_columns(
+    z_ptr, rows, n, N, D, stride_d, ROUND: tl.constexpr, TYPE: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """The operand's rows with all their columns, BLOCK_F at most, as they are multiplied."""
+    f = tl.arange(0, BLOCK_F)
+    z = load_rows(z_ptr + column_offsets(f, stride_d), rows, (n < N)[:, None] & (f < D)[None, :])
+    return stored(rounded(_centred(z, n, N), ROUND), ROUND).to(TYPE)
+
+
+@triton.jit
+def _off_diagonal(
+    whole, o, d, N, ROUND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """Columns d of C0, (BLOCK_F, columns); ``whole``: the operand with all of them, ``o``: those."""
+    C = tl.dot(tl.trans(whole), stored(o, ROUND).to(whole.dtype), input_precision=PRECISION)
+    C *= (4.0 if ROUND == "fp16" else 1.0) / (N - 1)  # of halves, see rounded()
+    return tl.where(tl.arange(0, BLOCK_F)[:, None] == d[None, :], 0.0, C)
+
+
+@triton.jit
+def _matched_rows(number_ptr, b, n, m, stride_b, stride_p):
+    """Offsets of the matched rows n of image b; numbers (B, m)."""
+    number = tl.load(number_ptr + b * m + n, mask=n < m, other=0)
+    return b * stride_b + number * stride_p
+
+
+@triton.jit
+def _accumulate(
+    z, whole, n, m, d, D, gamma, eps, hinge, norm, gram, energy,
+    DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """(hinge, norm, gram, energy) with one view's columns added: hinge and norm by column, energy of each row of o."""
+    c = _centred(z, n, m)
+    std = _deviation(c, m)
+    penalty = above_zero(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+    hinge += tl.where(d < D, penalty, 0.0).to(tl.float64)
+    o = rounded(c, ROUND)
+    if DUAL:
+        a = stored(o, ROUND).to(TYPE)
+        gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
+        wide = o.to(energy.dtype)
+        energy += tl.sum(wide * wide, 1)
+        operand_v = tl.sum(wide * wide, 0).to(tl.float64) / (m - 1)
+        norm -= operand_v * operand_v
+    else:
+        C = _off_diagonal(whole, o, d, m, ROUND, PRECISION, BLOCK_F).to(tl.float64)
+        norm += tl.sum(C * C, 0)
+    return hinge, norm, gram, energy
+
+
+@triton.jit
+def _finish_gram(gram, energy, n, m, G_ptr, KEEP: tl.constexpr, ROUND: tl.constexpr):
+    """Sum of G^2, float64; G itself is stored on the operand's grid."""
+    G = gram * ((4.0 if ROUND == "fp16" else 1.0) / (m - 1))  # of halves, see rounded()
+    diagonal = (energy.to(tl.float64) / (m - 1)).to(tl.float32)
+    G = tl.where(n[:, None] == n[None, :], diagonal[:, None], G)
+    if KEEP:
+        at = G_ptr + n[:, None] * m + n[None, :]
+        inside = (n < m)[:, None] & (n < m)[None, :]
+        tl.store(at, rounded(G, "tf32" if ROUND == "fp16" else ROUND), mask=inside)
+    wide = G.to(tl.float64)
+    return tl.sum(tl.sum(wide * wide, 1), 0)
+
+
+@triton.jit(do_not_specialize=["B", "m1", "m2"])
+def _local_forward_kernel(
+    x_ptr, y_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, G00_ptr, G01_ptr, G10_ptr, G11_ptr, sums_ptr, ticket_ptr,
+    inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr, inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr,
+    B, D, m1, m2, gamma, eps, k_inv, k_var, k_cov,
+    x_stride_b, x_stride_p, x_stride_d, y_stride_b, y_stride_p, y_stride_d,
+    DUAL: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program: both views of one match set of one image.  Primal: all columns fit BLOCK_F."""
+    program = tl.program_id(0)
+    back = program % 2
+    group = program // 2 % 2
+    b = (program // 4).to(tl.int64)
+    B = B.to(tl.int64)
+    m = m1
+    if back == 1:
+        m = m2
+    numbers = match_numbers(group, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
+    G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + b * m * m
+    q_ptr, _, q_stride_b, _, q_stride_p, q_stride_d = view_of(
+        2 * back, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
+        y_stride_b, 0, y_stride_p, y_stride_d, False,
+    )  # fmt: skip
+    c_ptr, _, c_stride_b, _, c_stride_p, c_stride_d = view_of(
+        2 * back + 1, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
+        y_stride_b, 0, y_stride_p, y_stride_d, False,
+    )  # fmt: skip
+    n = tl.arange(0, BLOCK_N)
+    q_rows = _matched_rows(numbers, b, n, m, q_stride_b, q_stride_p)
+    c_rows = _matched_rows(numbers + B * m, b, n, m, c_stride_b, c_stride_p)
+    # float32 sums of one strong feature would show in what the float32-accurate dual subtracts.
+    WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
+    differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    hinge = tl.zeros((BLOCK_D,), tl.float64)
+    norm = tl.zeros((BLOCK_D,), tl.float64)
+    q_gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    c_gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    q_energy = tl.zeros((BLOCK_N,), WIDE)
+    c_energy = tl.zeros((BLOCK_N,), WIDE)
+    q_whole = q_gram
+    c_whole = c_gram
+    if not DUAL:
+        q_whole = _all_columns(q_ptr, q_rows, n, m, D, q_stride_d, ROUND, TYPE, BLOCK_F)
+        c_whole = _all_columns(c_ptr, c_rows, n, m, D, c_stride_d, ROUND, TYPE, BLOCK_F)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (n < m)[:, None] & (d < D)[None, :]
+        q = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
+        c = load_rows(c_ptr + column_offsets(d, c_stride_d), c_rows, mask)
+        differences += (q - c) * (q - c)
+        hinge, norm, q_gram, q_energy = _accumulate(
+            q, q_whole, n, m, d, D, gamma, eps, hinge, norm, q_gram, q_energy, DUAL, ROUND, TYPE, PRECISION, BLOCK_F
+        )  # fmt: skip
+        hinge, norm, c_gram, c_energy = _accumulate(
+            c, c_whole, n, m, d, D, gamma, eps, hinge, norm, c_gram, c_energy, DUAL, ROUND, TYPE, PRECISION, BLOCK_F
+        )  # fmt: skip
+    cov = tl.sum(norm)
+    if DUAL:
+        cov += _finish_gram(q_gram, q_energy, n, m, G_ptr, KEEP, ROUND)
+        cov += _finish_gram(c_gram, c_energy, n, m, G_ptr + B * m * m, KEEP, ROUND)
+    at = sums_ptr + (group * 2 * B + program // 4 * 2 + back) * 3
+    tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)) / m)
+    tl.store(at + 1, tl.sum(hinge))
+    tl.store(at + 2, cov)
+    finish_losses(
+        sums_ptr, 2 * B, ticket_ptr, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr,
+        inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr, k_inv, k_var, k_cov,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_rows(
+    out, g, n, m, number_ptr, patch, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """out (patches, columns) with row k of g added to patch number[k], by a product with ones and zeros.
+
+    Zero times infinity is not zero: rows that are not finite are added one by one, in a branch that is rarely taken.
+    """
+    number = tl.load(number_ptr + n, mask=n < m, other=0).to(tl.int32)  # many in each thread: half the registers
+    chosen = (patch[:, None] == number[None, :]) & (n < m)[None, :]
+    finite = tl.abs(g) < float("inf")
+    out = tl.dot(chosen.to(tl.float32), tl.where(finite, g, 0.0), out, input_precision=PRECISION)
+    if tl.sum(tl.sum((~finite).to(tl.int32), 1), 0) > 0:
+        for k in range(0, m):
+            row = tl.sum(tl.where((n == k)[:, None] & ~finite, g, 0.0), 0)
+            out += tl.where((patch == tl.load(number_ptr + k))[:, None], row[None, :], 0.0)
+    return out
+
+
+@triton.jit(do_not_specialize=["B", "m1", "m2"])
+def _local_gradient_kernel(
+    x_ptr, y_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, G00_ptr, G01_ptr, G10_ptr, G11_ptr, x_grad_ptr, y_grad_ptr,
+    u_inv0_ptr, u_var0_ptr, u_cov0_ptr, u_inv1_ptr, u_var1_ptr, u_cov1_ptr,
+    B, P1, P2, D, m1, m2, gamma, eps, k_inv, k_var, k_cov,
+    x_stride_b, x_stride_p, x_stride_d, y_stride_b, y_stride_p, y_stride_d,
+    X: tl.constexpr, Y: tl.constexpr, INV: tl.constexpr, VAR: tl.constexpr, COV: tl.constexpr,
+    DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P patches and BLOCK_D columns of the gradient of one image of x or of y.
+
+    X, Y: which sources need one.  INV, VAR, COV: by group, as bits, which terms have an upstream gradient.
+    """
+    columns = tl.cdiv(D, BLOCK_D)
+    x_tiles = tl.cdiv(P1, BLOCK_P) if X else 0
+    tiles = x_tiles + (tl.cdiv(P2, BLOCK_P) if Y else 0)
+    d = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = tl.program_id(0) // columns % tiles
+    b = (tl.program_id(0) // columns // tiles).to(tl.int64)
+    B = B.to(tl.int64)
+    of_y = (tile >= x_tiles).to(tl.int32)
+    P = P1
+    g_ptr = x_grad_ptr
+    if of_y == 1:
+        tile -= x_tiles
+        P = P2
+        g_ptr = y_grad_ptr
+    patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    # Beside a float32 M, as float16 has it, the operand is float32 too.
+    LEFT: tl.constexpr = tl.float32 if ROUND == "fp16" else TYPE
+    WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
+    out = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for group in tl.static_range(2):
+        if ((INV | VAR | COV) >> group) & 1:
+            for back in range(2):
+                m = m1
+                if back == 1:
+                    m = m2
+                role = back ^ of_y  # 0: this source's rows are the queries
+                numbers = match_numbers(group, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
+                own = numbers + role * B * m
+                z_ptr, _, stride_b, _, stride_p, stride_d = view_of(
+                    2 * back + role, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
+                    y_stride_b, 0, y_stride_p, y_stride_d, False,
+                )  # fmt: skip
+                mask = (n < m)[:, None] & (d < D)[None, :]
+                rows = _matched_rows(own, b, n, m, stride_b, stride_p)
+                z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
+                c = _centred(z, n, m)
+                g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                if (COV >> group) & 1:
+                    o = rounded(c, ROUND)
+                    u_cov = tl.load(u_cov1_ptr if group == 1 else u_cov0_ptr).to(tl.float32)
+                    a = u_cov * k_cov / (m - 1)
+                    if DUAL:
+                        G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + (role * B + b) * m * m
+                        inside = (n < m)[:, None] & (n < m)[None, :]
+                        G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
+                        wide = o.to(WIDE)
+                        operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
+                        g = tl.dot(G, o.to(LEFT), input_precision=PRECISION) - o * operand_v[None, :]
+                    else:
+                        whole = _all_columns(z_ptr, rows, n, m, D, stride_d, ROUND, TYPE, BLOCK_F)
+                        C = _off_diagonal(whole, o, d, m, ROUND, PRECISION, BLOCK_F)
+                        C = rounded(C, "tf32" if ROUND == "fp16" else ROUND)
+                        g = tl.dot(whole.to(LEFT), C.to(LEFT), input_precision=PRECISION)
+                        if ROUND == "fp16":
+                            g *= 2.0  # of a half
+                    g *= a
+                if (VAR >> group) & 1:
+                    std = _deviation(c, m)
+                    if eps > 0:
+                        std = tl.sqrt_rn(std * std + eps)
+                    active = (std < gamma) & (std > 0.0)
+                    u = tl.load(u_var1_ptr if group == 1 else u_var0_ptr).to(tl.float32) * k_var / (m - 1)
+                    g -= c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+                if (INV >> group) & 1:
+                    o_ptr, _, o_stride_b, _, o_stride_p, o_stride_d = view_of(
+                        2 * back + (1 - role), B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
+                        y_stride_b, 0, y_stride_p, y_stride_d, False,
+                    )  # fmt: skip
+                    o_rows = _matched_rows(numbers + (1 - role) * B * m, b, n, m, o_stride_b, o_stride_p)
+                    other = load_rows(o_ptr + column_offsets(d, o_stride_d), o_rows, mask)
+                    u = tl.load(u_inv1_ptr if group == 1 else u_inv0_ptr).to(tl.float32)
+                    g += (z - other) * (u * k_inv / m)
+                out = _add_rows(out, g, n, m, own + b * m, patch, EXACT, BLOCK_N)
+    at = g_ptr + (b * P + patch)[:, None] * D + d[None, :]
+    tl.store(at, out, mask=(patch < P)[:, None] & (d < D)[None, :])
