@@ -43,23 +43,15 @@ def _deviation(c, N):
 
 
 @triton.jit
-def _all_columns(
-    z_ptr, rows, n, N, D, stride_d, ROUND: tl.constexpr, TYPE: tl.constexpr, BLOCK_F: tl.constexpr
-):  # fmt: skip
-    """The operand's rows with all their columns, BLOCK_F at most, as they are multiplied."""
-    f = tl.arange(0, BLOCK_F)
-    z = load_rows(z_ptr + column_offsets(f, stride_d), rows, (n < N)[:, None] & (f < D)[None, :])
-    return stored(rounded(_centred(z, n, N), ROUND), ROUND).to(TYPE)
-
-
-@triton.jit
 def _off_diagonal(
-    whole, o, d, N, ROUND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr
+    z_ptr, rows, f, o, d, n, N, D, stride_d, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Columns d of C0, (BLOCK_F, columns); ``whole``: the operand with all of them, ``o``: those."""
-    C = tl.dot(tl.trans(whole), stored(o, ROUND).to(whole.dtype), input_precision=PRECISION)
+    """Columns f of the operand, as they are multiplied, and their C0 with columns d, which are ``o``."""
+    z = load_rows(z_ptr + column_offsets(f, stride_d), rows, (n < N)[:, None] & (f < D)[None, :])
+    others = stored(rounded(_centred(z, n, N), ROUND), ROUND).to(TYPE)
+    C = tl.dot(tl.trans(others), stored(o, ROUND).to(TYPE), input_precision=PRECISION)
     C *= (4.0 if ROUND == "fp16" else 1.0) / (N - 1)  # of halves, see rounded()
-    return tl.where(tl.arange(0, BLOCK_F)[:, None] == d[None, :], 0.0, C)
+    return others, tl.where(f[:, None] == d[None, :], 0.0, C)
 
 
 @triton.jit
@@ -71,7 +63,7 @@ def _matched_rows(number_ptr, b, n, m, stride_b, stride_p):
 
 @triton.jit
 def _accumulate(
-    z, whole, n, m, d, D, gamma, eps, hinge, norm, gram, energy,
+    z_ptr, rows, n, m, d, D, stride_d, z, gamma, eps, hinge, norm, gram, energy,
     DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """(hinge, norm, gram, energy) with one view's columns added: hinge and norm by column, energy of each row of o."""
@@ -84,12 +76,16 @@ def _accumulate(
         a = stored(o, ROUND).to(TYPE)
         gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
         wide = o.to(energy.dtype)
-        energy += tl.sum(wide * wide, 1)
-        operand_v = tl.sum(wide * wide, 0).to(tl.float64) / (m - 1)
+        squares = wide * wide
+        energy += tl.sum(squares, 1)
+        operand_v = tl.sum(squares, 0).to(tl.float64) / (m - 1)
         norm -= operand_v * operand_v
     else:
-        C = _off_diagonal(whole, o, d, m, ROUND, PRECISION, BLOCK_F).to(tl.float64)
-        norm += tl.sum(C * C, 0)
+        for first in range(0, D, BLOCK_F):
+            f = first + tl.arange(0, BLOCK_F)
+            _, C = _off_diagonal(z_ptr, rows, f, o, d, n, m, D, stride_d, ROUND, TYPE, PRECISION)
+            wide = C.to(tl.float64)
+            norm += tl.sum(wide * wide, 0)
     return hinge, norm, gram, energy
 
 
@@ -116,7 +112,7 @@ def _local_forward_kernel(
     DUAL: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program: both views of one match set of one image.  Primal: all columns fit BLOCK_F."""
+    """One program: both views of one match set of one image."""
     program = tl.program_id(0)
     back = program % 2
     group = program // 2 % 2
@@ -147,11 +143,6 @@ def _local_forward_kernel(
     c_gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     q_energy = tl.zeros((BLOCK_N,), WIDE)
     c_energy = tl.zeros((BLOCK_N,), WIDE)
-    q_whole = q_gram
-    c_whole = c_gram
-    if not DUAL:
-        q_whole = _all_columns(q_ptr, q_rows, n, m, D, q_stride_d, ROUND, TYPE, BLOCK_F)
-        c_whole = _all_columns(c_ptr, c_rows, n, m, D, c_stride_d, ROUND, TYPE, BLOCK_F)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (n < m)[:, None] & (d < D)[None, :]
@@ -159,10 +150,12 @@ def _local_forward_kernel(
         c = load_rows(c_ptr + column_offsets(d, c_stride_d), c_rows, mask)
         differences += (q - c) * (q - c)
         hinge, norm, q_gram, q_energy = _accumulate(
-            q, q_whole, n, m, d, D, gamma, eps, hinge, norm, q_gram, q_energy, DUAL, ROUND, TYPE, PRECISION, BLOCK_F
+            q_ptr, q_rows, n, m, d, D, q_stride_d, q, gamma, eps, hinge, norm, q_gram, q_energy,
+            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
         )  # fmt: skip
         hinge, norm, c_gram, c_energy = _accumulate(
-            c, c_whole, n, m, d, D, gamma, eps, hinge, norm, c_gram, c_energy, DUAL, ROUND, TYPE, PRECISION, BLOCK_F
+            c_ptr, c_rows, n, m, d, D, c_stride_d, c, gamma, eps, hinge, norm, c_gram, c_energy,
+            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
         )  # fmt: skip
     cov = tl.sum(norm)
     if DUAL:
@@ -261,10 +254,13 @@ def _local_gradient_kernel(
                         operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
                         g = tl.dot(G, o.to(LEFT), input_precision=PRECISION) - o * operand_v[None, :]
                     else:
-                        whole = _all_columns(z_ptr, rows, n, m, D, stride_d, ROUND, TYPE, BLOCK_F)
-                        C = _off_diagonal(whole, o, d, m, ROUND, PRECISION, BLOCK_F)
-                        C = rounded(C, "tf32" if ROUND == "fp16" else ROUND)
-                        g = tl.dot(whole.to(LEFT), C.to(LEFT), input_precision=PRECISION)
+                        for first_column in range(0, D, BLOCK_F):
+                            f = first_column + tl.arange(0, BLOCK_F)
+                            others, C = _off_diagonal(
+                                z_ptr, rows, f, o, d, n, m, D, stride_d, ROUND, TYPE, PRECISION
+                            )
+                            C = rounded(C, "tf32" if ROUND == "fp16" else ROUND)
+                            g = tl.dot(others.to(LEFT), C.to(LEFT), g, input_precision=PRECISION)
                         if ROUND == "fp16":
                             g *= 2.0  # of a half
                     g *= a

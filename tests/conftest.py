@@ -1,9 +1,11 @@
 """Fixtures of every test: fixed seeds, and fresh memory that is full of NaN.  And which Triton the tests see."""
 
 import contextlib
+import importlib
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +69,28 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 def clean_memory(poisoned_memory: None) -> None:
     """Fresh memory as it is: filling it takes a kernel, and would hide what one launch leaves to the next."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are made for the interpreter, or not, when they are first imported."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("vicreg_fast.backends.triton.stages")
+
+
+Launches = list[tuple[str, dict[str, Any], tuple[Any, ...]]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Name, keywords and arguments of every launch in the interpreter."""
+    launched: Launches = []
+    kind = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    run = kind.run
+
+    def taken_down(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append((self.fn.__name__.strip("_").replace("_kernel", ""), kwargs, args))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", taken_down)
+    return launched

@@ -32,25 +32,39 @@ KINDS = {
 }
 
 
-def covering_pairs(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Combinations in which every two values of different axes meet; a tenth or so of all there are."""
-    names = list(axes)
-    left = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for i in range(len(axes[names[a]]))
-        for j in range(len(axes[names[b]]))
-    }
+LAYOUTS: dict[str, Callable[..., Tensor]] = {
+    "contiguous": lambda *shape: torch.randn(shape),
+    "transposed": lambda *shape: torch.randn(*shape[:-2], shape[-1], shape[-2]).mT,
+    "sliced": lambda *shape: torch.randn(*shape[:-2], 2 * shape[-2], 3 * shape[-1])[..., ::2, 1::3],
+    "expanded": lambda *shape: torch.randn(shape[-2:]).expand(shape),
+    "problems last": lambda *shape: torch.randn(*shape[-2:], *shape[:-2]).movedim((0, 1), (-2, -1)),
+}
 
-    def met(numbers: Sequence[int]) -> set[Any]:
-        return set(itertools.combinations(enumerate(numbers), 2))
 
-    everything = list(itertools.product(*(range(len(values)) for values in axes.values())))
+def covering_pairs(
+    axes: dict[str, Sequence[Any]], cost: Callable[..., float] = lambda **case: 0.0
+) -> list[dict[str, Any]]:
+    """Combinations in which every two values of different axes meet, of many that would do the cheapest ones."""
+    sizes = [len(values) for values in axes.values()]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    count = starts[-1]
+    everything = []
+    for numbers in itertools.product(*map(range, sizes)):
+        at = [start + number for start, number in zip(starts, numbers, strict=False)]
+        case = {name: axes[name][i] for name, i in zip(axes, numbers, strict=True)}
+        everything.append((cost(**case), case, [a * count + b for a, b in itertools.combinations(at, 2)]))
+    everything.sort(key=lambda each: each[0])
+    left = bytearray(count * count)
+    for *_, met in everything:
+        for number in met:
+            left[number] = 1
     chosen = []
-    while left:
-        best = max(everything, key=lambda numbers: len(left & met(numbers)))
-        left -= met(best)
-        chosen.append({name: axes[name][i] for name, i in zip(names, best, strict=True)})
+    while any(left):
+        # The first of the largest: max takes the cheapest.
+        _, case, met = max(everything, key=lambda each: sum(left[number] for number in each[2]))
+        for number in met:
+            left[number] = 0
+        chosen.append(case)
     return chosen
 
 

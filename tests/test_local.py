@@ -172,25 +172,6 @@ def test_float32_is_as_good_as_eager(shape: Shape, C: int, shared: bool, order: 
     assert_as_good_as_eager(shape, C, shared, order, statistics, "aten")
 
 
-# Not every case: a launch takes a third of a second.
-@pytest.mark.parametrize(
-    ("case", "statistics", "order"),
-    [
-        ("some of 9 patches, 16 channels", "image", "distance"),
-        ("some of 9 patches, 16 channels", "slot", "patch"),
-        ("some of 9 patches, one candidate", "image", "patch"),
-        ("all of 9 patches, 3 channels", "slot", "distance"),
-        ("2 images, 512 channels", "image", "distance"),
-    ],
-)
-def test_kernels_are_as_good_as_eager(
-    case: str, statistics: str, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert_as_good_as_eager(*CASES[case], order, statistics, "triton")
-
-
 def assert_as_good_as_eager(
     shape: Shape, C: int, shared: bool, order: str, statistics: str, backend: str
 ) -> None:

@@ -15,7 +15,6 @@ A nearest candidate found by rounded distances is at most 2 E farther than the n
 second one is more than 2 E farther.  The same holds, with the largest E of the image, for the k-th nearest query.
 """
 
-import importlib
 import importlib.util
 import itertools
 import math
@@ -34,15 +33,10 @@ TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("aten", "reference", *(["triton"] if TRITON else []))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # NumPy warns of infinity minus infinity, which the interpreter computes with it.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Kernels are made for the interpreter, or not, when they are first imported."""
-    if TRITON:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("vicreg_fast.kernels.matching")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    *([pytest.mark.usefixtures("interpreted")] if TRITON else []),
+]
 
 
 def kernels_run(backend, *dtypes):

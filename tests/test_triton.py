@@ -5,7 +5,6 @@ numbers ("medium").  What the interpreter cannot show (races, minimal sizes of p
 matrix looks at, see test_resources.py.
 """
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,10 +19,12 @@ from vicreg_fast.autograd import weighted_terms
 from vicreg_fast.multiview import LOCAL_VIEWS
 from vicreg_fast.rows import uses_dual
 
+from .conftest import Launches
 from .data import HARD, U, both_sides, normal
 from .parity import (
     HALF,
     KINDS,
+    LAYOUTS,
     SINGLE,
     TF32,
     assert_nan_stays,
@@ -35,17 +36,10 @@ from .parity import (
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-interpreter = triton.runtime.interpreter
+pytestmark = pytest.mark.usefixtures("interpreted")
 # A few roundings of the result, as in data.py: the largest error below is less than 6 units.
 ROUNDINGS = 8 * U
 dual_and_primal = both_sides(dual=[(20, 90)], primal=[(90, 20)])
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are made for the interpreter, or not, when they are first imported."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    importlib.import_module("vicreg_fast.kernels.gram")
 
 
 def evaluate(x: Tensor, y: Tensor, backend: str, **options: Any) -> list[Tensor]:
@@ -57,13 +51,6 @@ def evaluate(x: Tensor, y: Tensor, backend: str, **options: Any) -> list[Tensor]
 
 # -- parity -----------------------------------------------------------------------------------------------------
 
-LAYOUTS: dict[str, Callable[..., Tensor]] = {
-    "contiguous": lambda *shape: torch.randn(shape),
-    "transposed": lambda *shape: torch.randn(*shape[:-2], shape[-1], shape[-2]).mT,
-    "sliced": lambda *shape: torch.randn(*shape[:-2], 2 * shape[-2], 3 * shape[-1])[..., ::2, 1::3],
-    "expanded": lambda *shape: torch.randn(shape[-2:]).expand(shape),
-    "problems last": lambda *shape: torch.randn(*shape[-2:], *shape[:-2]).movedim((0, 1), (-2, -1)),
-}
 AXES: dict[str, Sequence[Any]] = {
     # Both sides, several tiles and several parts of their inner dimension; of 70 x 400 some tiles are split.
     "size": [(2, 65), (33, 140), (20, 300), (70, 400), (3, 31), (130, 33), (300, 20), (150, 70)],
@@ -383,23 +370,6 @@ def test_a_problem_does_not_depend_on_the_others(shape: tuple[int, int, int]) ->
     found, changed = (evaluate(z, y, "triton")[3] for z in (x, other))
     assert torch.equal(found[0], changed[0])
     assert not torch.equal(found[1], changed[1])
-
-
-Launches = list[tuple[str, dict[str, Any], tuple[Any, ...]]]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Name, keywords and arguments of every launch."""
-    launched: Launches = []
-    run = interpreter.InterpretedFunction.run
-
-    def taken_down(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launched.append((self.fn.__name__.strip("_").replace("_kernel", ""), kwargs, args))
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", taken_down)
-    return launched
 
 
 FORWARD = {

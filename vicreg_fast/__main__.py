@@ -179,12 +179,14 @@ def _machine(devices: dict[str, str]) -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton}")
     for name, about in devices.items():
         device = torch.device(name)
-        try:
-            backends.choose("triton", device)
-            why = "the Triton kernels have not been measured on a GPU yet; backend='triton' takes them"
-        except ValueError as error:
-            why = str(error).partition(";")[0]  # what follows is advice
-        print(f"  {name} ({about}): backend 'auto' is {backends.choose('auto', device)!r}, for {why}")
+        chosen, why = backends.choose("auto", device), ""
+        if chosen != "triton":
+            try:
+                backends.choose("triton", device)
+                why = ", for Triton's interpreter is slow; backend='triton' takes it"
+            except ValueError as error:
+                why = ", for " + str(error).partition(";")[0]  # what follows is advice
+        print(f"  {name} ({about}): backend 'auto' is {chosen!r}{why}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -166,12 +166,10 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     # Many patches are bound by products: larger tiles multiply more for each byte.  Of float32, three products keep a
     # processor busy with small ones.
     rows = (Row(64 if half.largest > 64 else ANY, ANY, Matching(64, half.inner, half.warps, stages)),)
-    many = (Row(ANY, ANY, Matching(half.largest, half.inner, 8, stages)),) if half.largest > 64 else ()
+    # Where float32 products need eight warps, compute capability 8.0, so do longer multiplications of large tiles.
+    inner = half.inner if fp32.warps == 4 else 32
+    many = (Row(ANY, ANY, Matching(half.largest, inner, 8, stages)),) if half.largest > 64 else ()
     return {"fp32": (Row(ANY, ANY, Matching(64, fp32.inner, fp32.warps, stages)),), "half": (*rows, *many)}
-
-
-def _local(warps: int) -> Rows[Local]:
-    return Row(32, ANY, Local(32, warps)), Row(ANY, ANY, Local(16, warps))
 
 
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
@@ -184,13 +182,17 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
         second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
         matching=_matching(stages, fp32, half),
-        local={name: _local(8 if name == "fp32" else 4) for name in kinds},
+        # float64 squares of float32-accurate operands take registers.
+        local={
+            name: (Row(32, ANY, Local(32, warps)), Row(ANY, ANY, Local(16, most)))
+            for name, warps, most in (("fp32", 8, 16), ("tf32", 4, 4), ("half", 4, 4))
+        },
         # All of an image's patches in one program, as far as they go: others compute the same rows again.
         local_gradient=(
             Row(32, 64, LocalGradient(64, 32)),
             Row(32, 128, LocalGradient(128, 32, 8)),
             Row(32, ANY, LocalGradient(256, 16, 8)),
-            Row(ANY, ANY, LocalGradient(32, 16)),
+            Row(ANY, ANY, LocalGradient(32, 16, fp32.warps)),
         ),
     )
 
@@ -219,6 +221,18 @@ FAMILIES = {
     "gfx942": Family(_large(2), _odd(2)),
     "gfx950": Family(_large(2), _odd(2)),
 }
+
+
+def _few_programs(table: Table) -> Table:
+    """Programs of the local loss have so few registers that there are many of them; the interpreter has as many as it likes."""
+    return table._replace(
+        matching={kind: (Row(ANY, ANY, Matching(64, 64)),) for kind in table.matching},
+        local={kind: (Row(ANY, ANY, Local(64)),) for kind in table.local},
+        local_gradient=(Row(ANY, ANY, LocalGradient(128, 64)),),
+    )
+
+
+FAMILIES["interpreter"] = Family(*map(_few_programs, FAMILIES["sm90"]))
 
 
 class Machine(NamedTuple):
@@ -273,7 +287,7 @@ def from_table(key: Key) -> Any:
 
 
 # The interpreter runs one program after the other: it wants few, and yet products that are split.
-INTERPRETER = Machine("sm90", 1)
+INTERPRETER = Machine("interpreter", 1)
 
 
 def family(major: int, minor: int) -> str:

@@ -26,7 +26,8 @@ def key(maps: Sequence[Tensor], machine: Machine) -> Key:
     """What the configuration is chosen by; kind "half": 16-bit features, multiplied as they are."""
     x, y = maps
     # Triton's interpreter computes bfloat16 wrong: there it is read as float32.
-    half = x.dtype == y.dtype and x.dtype.itemsize == 2 and (x.device.type != "cpu" or x.dtype == torch.float16)
+    half = x.dtype == y.dtype and x.dtype.itemsize == 2 and not _axes(x)
+    half = half and (x.device.type != "cpu" or x.dtype == torch.float16)
     aligned = all(z.stride(2) == 1 and not z.stride(1) % 16 for z in maps)
     B, P1, C = x.shape
     return Key(*machine, aligned, "matching", "half" if half else "fp32", B, max(P1, y.shape[1]), C)

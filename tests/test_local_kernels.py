@@ -1,0 +1,377 @@
+"""VICRegL's local loss on Triton kernels, in the interpreter: against the reference in float64.
+
+Judged at the matches that the kernels found, which test_matching.py judges: where two candidates are equally near up to
+rounding, either is right.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vicreg_fast import VICRegLLoss, operators, reference
+from vicreg_fast.autograd import weighted_terms
+from vicreg_fast.multiview import local_views
+from vicreg_fast.rows import uses_dual
+
+from .conftest import Launches
+from .data import TERMS, U
+from .parity import HALF, KINDS, LAYOUTS, SINGLE, Floors, assert_same_bits, covering_pairs, twice
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+PARTS = ("location", "feature")
+Counts = tuple[int, int]
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------
+
+
+class Found:
+    """Terms of both losses and the gradients of both maps for each, in float64."""
+
+    def __init__(self, values: Sequence[Tensor], maps: Sequence[Tensor], scale: float = 1.0) -> None:
+        self.values = torch.stack([value.detach() for value in values]).double()
+        self.grads = []
+        for value in values:
+            found = torch.autograd.grad(value * scale, maps, retain_graph=True)
+            self.grads.append([g.detach().double() / scale for g in found])
+
+
+def of_kernels(
+    maps: Sequence[Tensor], indices: Sequence[Tensor], counts: Counts, across: bool, precision: str | None, scale: float
+) -> Found:
+    """Six terms: of the matches by location, then of those by feature."""
+    maps = [z.detach().requires_grad_() for z in maps]
+    plan = local_views(counts)._replace(backend="triton", precision=precision, across=across)
+    losses, total = weighted_terms(plan, (1.0, 1.0, 1.0), maps, indices)
+    assert abs(total - sum(loss.total for loss in losses)) <= 4 * U * abs(total)
+    return Found([term for loss in losses for term in loss[:3]], maps, scale)
+
+
+def match_sets(indices: Sequence[Tensor], across: bool) -> list[reference.Matches]:
+    """By location there and back, by feature there and back; (B, m) each."""
+    halves = [half for views in indices if views.ndim == 3 for half in views.split(2)]
+    return [reference.Matches(*(half.mT if across else half).unbind()) for half in halves]
+
+
+def of_reference(maps: Sequence[Tensor], indices: Sequence[Tensor], across: bool, dtype: torch.dtype) -> Found:
+    maps = [z.detach().to(dtype).requires_grad_() for z in maps]
+    statistics = "slot" if across else "image"
+    values = []
+    sets = match_sets(indices, across)
+    for there, back in (sets[:2], sets[2:]):
+        both = (
+            reference.matched_terms(*maps, there, 1.0, 0.0, statistics),
+            reference.matched_terms(*reversed(maps), back, 1.0, 0.0, statistics),
+        )
+        values += [(s + t) / 2 for s, t in zip(*both, strict=True)]
+    return Found(values, maps)
+
+
+class LocalFloors:
+    """Floors (parity.py) of a loss's covariance: of its four views, which are rows of two maps.
+
+    Equal rows add up in a map's gradient, and so may their roundings: the norm grows by the root of their number at most.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], sets: Sequence[reference.Matches], across: bool, unit: float) -> None:
+        self.value, self.gradient = 0.0, [0.0, 0.0]
+        for back, matches in enumerate(sets):
+            numbers = (back, 1 - back)
+            rows = [
+                reference.gather_rows(maps[number].detach().double(), index)
+                for number, index in zip(numbers, matches, strict=True)
+            ]
+            rows = [(z.transpose(0, 1) if across else z).requires_grad_() for z in rows]
+            cov = reference.vicreg_terms(*rows).cov
+            grads = torch.autograd.grad(cov, rows)
+            for number, index, z, grad in zip(numbers, matches, rows, grads, strict=True):
+                floors = Floors(z, unit, grad)
+                often = max(int(torch.bincount(image).max()) for image in index)
+                self.value += floors.value / 2
+                self.gradient[number] += floors.gradient / 2 * often**0.5
+
+
+def assert_parity(
+    maps: Sequence[Tensor],
+    locations: Sequence[Tensor],
+    counts: Counts,
+    across: bool,
+    precision: str | None,
+    unit: float,
+    scale: float = 1.0,
+    order: str = "distance",
+) -> None:
+    """error(fast) <= 2 * error(eager float32) + floors, for each term and its gradients."""
+    indices = operators.match(maps, locations, counts, order, across, "triton")
+    fast = of_kernels(maps, indices, counts, across, precision, scale)
+    eager = of_reference(maps, indices, across, SINGLE)
+    truth = of_reference(maps, indices, across, torch.float64)
+    sets = match_sets(indices, across)
+    for part, name in enumerate(PARTS):
+        floors = LocalFloors(maps, sets[2 * part : 2 * part + 2], across, unit)
+        for term, kind in enumerate(TERMS):
+            k = 3 * part + term
+            floor = {"inv": 8 * U * truth.values[k], "var": 8 * U, "cov": 8 * U * truth.values[k] + floors.value}
+            allowed = twice((eager.values[k] - truth.values[k]).abs()) + floor[kind] + 2.0**-149
+            assert abs(fast.values[k] - truth.values[k]) <= allowed, f"{name} {kind}"
+            for side, (g, e, t) in enumerate(zip(fast.grads[k], eager.grads[k], truth.grads[k], strict=True)):
+                finfo = torch.finfo(maps[side].dtype)
+                rounding = (8 * U + (finfo.eps / 2 if finfo.bits == 16 else 0.0)) * t.norm()
+                underflow = (torch.finfo(SINGLE).tiny + finfo.tiny * finfo.eps / 2 / scale) * t.numel() ** 0.5
+                allowed = twice((e - t).norm()) + rounding + underflow
+                allowed += floors.gradient[side] if kind == "cov" else 0.0
+                assert (g - t).norm() <= allowed, f"gradient of {name} {kind} for map {side}"
+
+
+def maps_of(
+    B: int, patches: tuple[int, int], C: int, layout: str = "contiguous", dtype: torch.dtype = SINGLE
+) -> list[Tensor]:
+    """Two maps; patches of the second resemble some of the first's."""
+    P1, P2 = patches
+    x = 0.7 * LAYOUTS[layout](B, P1, C) + 0.5
+    near = reference.gather_rows(x, torch.randint(P1, (B, P2)))
+    y = LAYOUTS[layout](B, P2, C)
+    y = y.copy_(near + 0.2 * y) if layout != "expanded" else near + 0.2 * y
+    return [x.to(dtype), y.to(dtype)]
+
+
+# -- parity -----------------------------------------------------------------------------------------------------
+
+AXES: dict[str, Sequence[Any]] = {
+    "patches": [(2, 2), (9, 9), (9, 49), (49, 50), (50, 9), (64, 49), (196, 64), (300, 196)],
+    "C": [1, 3, 32, 130, 512],
+    "matches": [2, 10, 20, (20, 4), None],
+    "kind": ["highest", "high", "medium", "float16", "float16-highest"],
+    "layout": ["contiguous", "transposed", "sliced", "problems last"],
+    "statistics": ["image", "slot"],
+}
+
+
+def assert_case(
+    patches: tuple[int, int], C: int, matches: Any, kind: str, layout: str, statistics: str
+) -> None:
+    dtype, asked, unit = KINDS[kind]
+    given = matches if isinstance(matches, tuple) else (matches, matches)
+    m1, m2 = (P if m is None else min(m, P) for m, P in zip(given, patches, strict=True))
+    maps = maps_of(3, patches, C, layout, dtype)
+    locations = [torch.rand(3, P, 2) for P in patches]
+    scale = 2.0 ** ((3 * m1 * C).bit_length() - 4)  # gradients go with 1 / (B m C), and may be no float16
+    assert_parity(maps, locations, (m1, m2), statistics == "slot", asked, unit, scale)
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "") for value in case.values())
+
+
+def cost(patches: tuple[int, int], C: int, matches: Any, statistics: str, **_: Any) -> float:
+    """About how long a case takes."""
+    m = max(patches) if matches is None else 20
+    return C * (patches[0] * patches[1] + (100 * m if statistics == "slot" else 0))
+
+
+@pytest.mark.parametrize("case", covering_pairs(AXES, cost), ids=name_of)
+def test_as_good_as_eager(case: dict[str, Any]) -> None:
+    assert_case(**case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("values", list(itertools.product(*AXES.values())), ids=str)
+def test_every_combination_is_as_good_as_eager(values: tuple[Any, ...]) -> None:
+    assert_case(*values)
+
+
+@pytest.mark.parametrize("C", [20, 70])  # of 64 matches, columns in one block and in two
+def test_primal_of_many_matches(C: int) -> None:
+    assert not uses_dual(2, 64, C)
+    maps = maps_of(2, (64, 70), C)
+    assert_parity(maps, [torch.rand(2, P, 2) for P in (64, 70)], (64, 64), False, "highest", 0.0)
+
+
+def test_one_image() -> None:
+    maps = maps_of(1, (12, 9), 48)
+    assert_parity(maps, [torch.rand(1, P, 3) for P in (12, 9)], (9, 9), False, "highest", 0.0)
+
+
+def test_one_candidate_is_nearest_to_every_query() -> None:
+    maps = maps_of(2, (40, 30), 96)
+    locations = [torch.rand(2, P, 2) + 100 * (torch.arange(P)[:, None] > 0) * (1, -1)[k] for k, P in enumerate((40, 30))]
+    assert_parity(maps, locations, (20, 20), False, "highest", 0.0)
+
+
+def test_equal_patches_and_constant_channels() -> None:
+    x, y = maps_of(2, (20, 20), 40)
+    x[:, ::2] = x[:, :1]
+    x[..., 5] = y[..., 5] = 0.1
+    assert_parity([x, y], [torch.rand(2, 20, 2)] * 2, (10, 10), False, "highest", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_locations_of_other_types(dtype: torch.dtype) -> None:
+    maps = [z.requires_grad_() for z in maps_of(3, (20, 70), 12)]
+    locations = [(1000 * torch.rand(3, P, 2)).to(dtype) for P in (20, 70)]
+    found, truth = (
+        VICRegLLoss(5, 0.0, backend=backend)(*maps, None, None, *locations) for backend in ("triton", "reference")
+    )
+    for name, value in truth.items():
+        assert abs(found[name] - value) <= 16 * U * value.abs(), name
+
+
+def test_maps_of_different_types() -> None:
+    x, y = maps_of(3, (20, 30), 40)
+    found, truth = (
+        VICRegLLoss(5, 0.0, backend=backend)(x, y.half(), None, None, torch.rand(3, 20, 2), torch.rand(3, 30, 2))
+        for backend in ("triton", "reference")
+    )
+    assert found.keys() == truth.keys()
+    assert all(value.dtype == SINGLE for value in found.values())
+
+
+# -- what is not a number ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
+    """Eager code's gradient is not finite in the rows that were chosen, and zero in those that were not."""
+    x, y = maps_of(2, (9, 9), 40)
+    x[0, 3, 7] = value
+    locations = [torch.rand(2, 9, 2)] * 2  # every patch matches itself
+
+    def gradients(backend: str) -> list[Tensor]:
+        maps = [z.clone().requires_grad_() for z in (x, y)]
+        losses = VICRegLLoss(9, 0.0, backend=backend).local_loss(*maps, *locations)
+        assert not losses["location/loss"].isfinite()
+        return list(torch.autograd.grad(losses["location/inv-loss"], maps))
+
+    for found, truth in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert torch.equal(found.isfinite(), truth.isfinite())
+        assert torch.allclose(found, truth, rtol=16 * U, atol=0.0, equal_nan=True)
+        assert not truth[0, 3].isfinite().all()
+
+
+# -- determinism and launches -----------------------------------------------------------------------------------
+
+
+def loss_and_inputs(
+    P1: int = 12, P2: int = 9, C: int = 40, B: int = 3, dtype: torch.dtype = SINGLE, **options: Any
+) -> tuple[VICRegLLoss, list[Any]]:
+    maps = [z.requires_grad_() for z in maps_of(B, (P1, P2), C, dtype=dtype)]
+    locations = [torch.rand(B, P, 2) for P in (P1, P2)]
+    return VICRegLLoss(alpha=0.0, backend="triton", **options), [*maps, None, None, *locations]
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+    runs = []
+    for _ in range(2):
+        losses = loss(*inputs)
+        runs.append([*losses.values(), *torch.autograd.grad(losses["loss"], inputs[:2])])
+    assert_same_bits(*runs)
+
+
+LAUNCHES = {
+    "small": ({"num_matches": 9}, ["match_forward", "local_forward"]),
+    "a pair of numbers": ({"num_matches": (9, 4)}, ["match_forward", "local_forward"]),
+    "large": ({"num_matches": 20, "P1": 70, "P2": 65}, ["match_forward", "select_forward", "local_forward"]),
+    "large, as patches lie": (
+        {"num_matches": 20, "P1": 70, "P2": 65, "match_order": "patch"},
+        ["match_forward", "select_forward", "local_forward"],
+    ),
+    "few channels": ({"num_matches": 9, "C": 4}, ["match_forward", "local_forward"]),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launches(case: str, launches: Launches) -> None:
+    """All there is between the inputs and local_loss's dictionary."""
+    options, forward = LAUNCHES[case]
+    loss, (x, y, _, _, *locations) = loss_and_inputs(**options)
+    losses, total = loss._local(x, y, *locations)
+    assert [name for name, _, _ in launches] == forward
+    assert len({value.data_ptr() for value in [*losses.values(), total]}) == 9
+    total.backward()
+    assert [name for name, _, _ in launches[len(forward) :]] == ["local_gradient"]
+    assert [keywords["enable_fp_fusion"] for _, keywords, _ in launches] == [False] * len(launches)
+
+
+def test_the_whole_loss_is_weighed_once() -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+    losses = loss(*inputs)
+    expected = (losses["location/loss"] + losses["feature/loss"]) / 2
+    assert torch.equal(losses["loss"], expected)
+
+
+def test_without_gradients_no_matrix_is_written(launches: Launches) -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+    kept = loss(*inputs)
+    with torch.no_grad():
+        found = loss(*inputs)
+    assert_same_bits(list(found.values()), [value.detach() for value in kept.values()])
+    assert [keywords["KEEP"] for _, keywords, _ in launches if "KEEP" in keywords] == [True, False]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_map_without_gradient(which: int) -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+    (both) = torch.autograd.grad(loss(*inputs)["loss"], inputs[:2])
+    inputs[1 - which] = inputs[1 - which].detach()
+    (alone,) = torch.autograd.grad(loss(*inputs)["loss"], inputs[which])
+    assert torch.equal(alone, both[which])
+
+
+@pytest.mark.parametrize("name", [f"{part}/{term}-loss" for part in PARTS for term in TERMS])
+def test_each_term_is_differentiable_alone(name: str) -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+    found = torch.autograd.grad(loss(*inputs)[name], inputs[:2])
+    truth_inputs = [z if z is None else z.detach().double() for z in inputs]
+    maps = [z.requires_grad_() for z in truth_inputs[:2]]
+    truth = torch.autograd.grad(VICRegLLoss(5, 0.0, backend="reference")(*truth_inputs)[name], maps)
+    for f, t in zip(found, truth, strict=True):
+        assert (f - t).norm() <= 16 * U * t.norm()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_loss_is_not_spoilt_by_another() -> None:
+    """What nobody asked for is not computed: infinity times zero would be no number."""
+    loss, inputs = loss_and_inputs(num_matches=5, P1=5, P2=5)
+    with torch.no_grad():
+        inputs[0][:, 0] *= 1e25  # their squares, and so their covariances, are no float32
+    losses = loss(*inputs)
+    assert not losses["location/cov-loss"].isfinite()
+    grads = torch.autograd.grad(losses["location/var-loss"], inputs[:2])
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_second_derivatives() -> None:
+    loss, inputs = loss_and_inputs(num_matches=5)
+
+    def second(loss: VICRegLLoss, given: list[Any]) -> Tensor:
+        (first,) = torch.autograd.grad(loss(*given)["loss"], given[0], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), given[0])[0]
+
+    wide = [None if z is None else z.detach().double() for z in inputs]
+    wide[0].requires_grad_()
+    truth = second(VICRegLLoss(5, 0.0, backend="reference"), wide)
+    assert (second(loss, inputs) - truth).norm() <= 16 * U * truth.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("statistics", ["image", "slot"])
+@pytest.mark.parametrize("matches", [5, (6, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+def test_compiles_into_one_graph(dtype: torch.dtype, matches: Any, statistics: str) -> None:
+    loss, inputs = loss_and_inputs(num_matches=matches, statistics=statistics, dtype=dtype)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs)["loss"], inputs[:2])
+    expected = torch.autograd.grad(loss(*inputs)["loss"], inputs[:2])
+    for f, e in zip(found, expected, strict=True):
+        # The same kernels; terms are weighted after them, not in them.
+        unit = 8 * U if dtype == SINGLE else torch.finfo(HALF).eps
+        assert (f.double() - e.double()).norm() <= unit * e.double().norm()
