@@ -26,7 +26,6 @@ from triton.runtime.jit import JITFunction
 
 from vicreg_fast.backends.triton import configs, launch, matching, stages
 from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan, local_views
-from vicreg_fast.rows import Rows
 
 # Bytes of shared memory: of a program, and of a processor.
 SHARED_MEMORY = {
@@ -223,7 +222,6 @@ def variants(target: str) -> Iterator[Variant]:
         mock.patch.object(configs, "machine", return_value=gpu),
         mock.patch.object(launch, "on_device", return_value=nullcontext()),
         # ATen's, and not for tensors without a device.
-        mock.patch.object(Rows, "add", return_value=None),
         mock.patch.object(matching, "_by_number", return_value=None),
     ):
         for shape in SHAPES:

@@ -5,7 +5,7 @@
              + b (z - other)                   b = u_inv w_inv 2 / (pairs P N D)
 
 z (P, N, D), any strides, rows by index if wanted; M (V * P, S, S), on the operand's grid; moments (4, P, V, D) or (3, ...);
-operand (V, P, N, D), dual only.  The gradients of a source's views are contiguous (views of the source, P, N, D), in the
+operand (V, P, N, D), dual only; of rows by number it is made here.  The gradients of a source's views are contiguous (views of the source, P, N, D), in the
 type of their pointer.  The upstream gradients u are read on the device.
 2 N D S operations a view; reads z, the other view, M and the operand, writes g.
 """
@@ -13,7 +13,7 @@ type of their pointer.  The upstream gradients u are read on the device.
 import triton
 import triton.language as tl
 
-from .rows import column_offsets, is_of_y, load_rows, rounded, row_offsets, view_of
+from .rows import column_offsets, is_of_y, load_operand, load_rows, rounded, row_offsets, stored, view_of
 
 
 @triton.jit
@@ -69,10 +69,14 @@ def _gradient_kernel(
             for start in range(0, N, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 G = tl.load(M + k[None, :], mask=(n < N)[:, None] & (k < N)[None, :], other=0.0)
-                o = tl.load(
-                    operand + k.to(tl.int64)[:, None] * D + d[None, :],
-                    mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
-                )  # fmt: skip
+                if HAS_INDEX:
+                    chosen = row_offsets(p, k, N, z_index, stride_p, stride_n, stride_i, True)
+                    o = stored(load_operand(z_ptr, chosen, k, N, d, D, stride_d, at, at + row, ROUND), ROUND)
+                else:
+                    o = tl.load(
+                        operand + k.to(tl.int64)[:, None] * D + d[None, :],
+                        mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
+                    )  # fmt: skip
                 g = tl.dot(G, o.to(G.dtype), g, input_precision=PRECISION)
             g *= a * SCALE
         else:
@@ -80,11 +84,7 @@ def _gradient_kernel(
             M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
             for start in range(0, D, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
-                inside = (n < N)[:, None] & (k < D)[None, :]
-                o = load_rows(z_ptr + column_offsets(k, stride_d), rows, inside)
-                hi = tl.load(at + k, mask=k < D, other=0.0)
-                lo = tl.load(at + row + k, mask=k < D, other=0.0)
-                o = rounded(tl.where(inside, o - hi[None, :] - lo[None, :], 0.0), ROUND)
+                o = load_operand(z_ptr, rows, n, N, k, D, stride_d, at, at + row, ROUND)
                 C = tl.load(M + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
                 g = tl.dot(o.to(C.dtype), C, g, input_precision=PRECISION)
             g *= a

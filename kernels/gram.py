@@ -1,4 +1,4 @@
-"""The dual side: G = o o' / (N - 1), N x N, of the copies that moments.py wrote.
+"""The dual side: G = o o' / (N - 1), N x N, of the copies that moments.py wrote, or of rows by number, centred here.
 
 Only tiles on or below the diagonal are multiplied.  Most are multiplied whole, by one program each, which finishes them;
 those that would not fill the device are split along the features, and combine.py adds up their parts.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish_terms, finish_tile
-from .rows import triangle
+from .rows import load_operand, row_offsets, stored, triangle, view_of
 
 
 @triton.jit
@@ -32,10 +32,11 @@ def with_diagonal(G, row, column, energy_ptr, problem, blocks, N, BLOCK_R: tl.co
 
 @triton.jit(do_not_specialize=["P", "tiles", "whole", "parts", "found", "sums"])
 def _gram_forward_kernel(
-    operand_ptr, product_ptr, energy_ptr, M_ptr, found_ptr, sums_ptr, ticket_ptr,
+    x_ptr, y_ptr, index_ptr, operand_ptr, moments_ptr, product_ptr, energy_ptr, M_ptr, found_ptr, sums_ptr, ticket_ptr,
     inv_ptr, var_ptr, cov_ptr, total_ptr,
     P, N, D, tiles, whole, parts, length, blocks, found, sums, w_inv, w_var, w_cov,
-    VIEWS: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
+    x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
+    VIEWS: tl.constexpr, HAS_INDEX: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a whole tile, the first ``whole`` of them; then ``length`` features of a tile that has ``parts``.
@@ -55,11 +56,28 @@ def _gram_forward_kernel(
     column = j * BLOCK_M + m
     a_ptr = operand_ptr + problem * N * D + row.to(tl.int64) * D
     b_ptr = operand_ptr + problem * N * D + column.to(tl.int64) * D
+    if HAS_INDEX:
+        v = problem // P
+        p = problem % P
+        z_ptr, z_index, stride_p, stride_n, stride_i, stride_d = view_of(
+            v, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
+            y_stride_p, y_stride_n, y_stride_i, y_stride_d, True,
+        )  # fmt: skip
+        a_rows = row_offsets(p, row, N, z_index, stride_p, stride_n, stride_i, True)
+        b_rows = row_offsets(p, column, N, z_index, stride_p, stride_n, stride_i, True)
+        hi_ptr = moments_ptr + (p * VIEWS + v) * D
+        lo_ptr = hi_ptr + P.to(tl.int64) * VIEWS * D
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     for start in range(begin, end, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
-        a = tl.load(a_ptr[:, None] + d[None, :], mask=(row < N)[:, None] & (d < end)[None, :], other=0.0)
-        b = tl.load(b_ptr[None, :] + d[:, None], mask=(column < N)[None, :] & (d < end)[:, None], other=0.0)
+        if HAS_INDEX:
+            a = load_operand(z_ptr, a_rows, row, N, d, end, stride_d, hi_ptr, lo_ptr, ROUND)
+            b = load_operand(z_ptr, b_rows, column, N, d, end, stride_d, hi_ptr, lo_ptr, ROUND)
+            a = stored(a, ROUND).to(TYPE)
+            b = tl.trans(stored(b, ROUND).to(TYPE))
+        else:
+            a = tl.load(a_ptr[:, None] + d[None, :], mask=(row < N)[:, None] & (d < end)[None, :], other=0.0)
+            b = tl.load(b_ptr[None, :] + d[:, None], mask=(column < N)[None, :] & (d < end)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if ROUND == "fp16":
         acc *= 4.0  # of halves, see rounded()

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .finish import finish_losses
 from .rows import above_zero, column_offsets, load_rows, match_numbers, power_of_two, rounded, stored, view_of
+from .scatter import add_rows
 
 
 @triton.jit
@@ -171,25 +172,6 @@ def _local_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _add_rows(
-    out, g, n, m, number_ptr, patch, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """out (patches, columns) with row k of g added to patch number[k], by a product with ones and zeros.
-
-    Zero times infinity is not zero: rows that are not finite are added one by one, in a branch that is rarely taken.
-    """
-    number = tl.load(number_ptr + n, mask=n < m, other=0).to(tl.int32)  # many in each thread: half the registers
-    chosen = (patch[:, None] == number[None, :]) & (n < m)[None, :]
-    finite = tl.abs(g) < float("inf")
-    out = tl.dot(chosen.to(tl.float32), tl.where(finite, g, 0.0), out, input_precision=PRECISION)
-    if tl.sum(tl.sum((~finite).to(tl.int32), 1), 0) > 0:
-        for k in range(0, m):
-            row = tl.sum(tl.where((n == k)[:, None] & ~finite, g, 0.0), 0)
-            out += tl.where((patch == tl.load(number_ptr + k))[:, None], row[None, :], 0.0)
-    return out
-
-
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
 def _local_gradient_kernel(
     x_ptr, y_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, G00_ptr, G01_ptr, G10_ptr, G11_ptr, x_grad_ptr, y_grad_ptr,
@@ -280,6 +262,6 @@ def _local_gradient_kernel(
                     other = load_rows(o_ptr + column_offsets(d, o_stride_d), o_rows, mask)
                     u = tl.load(u_inv1_ptr if group == 1 else u_inv0_ptr).to(tl.float32)
                     g += (z - other) * (u * k_inv / m)
-                out = _add_rows(out, g, n, m, own + b * m, patch, EXACT, BLOCK_N)
+                out = add_rows(out, g, n, m, own + b * m, 1, patch, EXACT)
     at = g_ptr + (b * P + patch)[:, None] * D + d[None, :]
     tl.store(at, out, mask=(patch < P)[:, None] & (d < D)[None, :])

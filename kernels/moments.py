@@ -1,5 +1,7 @@
 """Dual side: the moments of every column, the invariance, and one centred, rounded copy of every view.
 
+Rows that are chosen by number are not copied: the product takes them from where they are.
+
     hi + lo = mean_n z_n          std = sqrt(sum_n (z_n - hi - lo)^2 / (N - 1))
     o = round(z - hi - lo)        vhat = sum_n o_n^2 / (N - 1)
     sums: (x - y)^2, relu(gamma - sqrt(std^2 + eps)), vhat^2
@@ -105,7 +107,8 @@ def _moments_forward_kernel(
         rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
         z = load_rows(columns, rows, mask)
         o = tl.where(mask, rounded(z - hi[None, :] - lo[None, :], ROUND), 0.0)
-        tl.store(operand[None, :] + n.to(tl.int64)[:, None] * D, stored(o, ROUND), mask=mask)
+        if not HAS_INDEX:
+            tl.store(operand[None, :] + n.to(tl.int64)[:, None] * D, stored(o, ROUND), mask=mask)
         wide = o.to(WIDE)
         operand_squares += tl.sum(wide * wide, 0)
         tl.store(energy + n, tl.sum(wide * wide, 1), mask=n < N)

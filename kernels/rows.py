@@ -95,6 +95,18 @@ def rounded(c, ROUND: tl.constexpr):
 
 
 @triton.jit
+def load_operand(
+    z_ptr, rows, n, N, d, D, stride_d, hi_ptr, lo_ptr, ROUND: tl.constexpr
+):  # fmt: skip
+    """Rows n < N and columns d < D of a view, centred and rounded; 0 elsewhere.  hi, lo: of all its columns."""
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
+    hi = tl.load(hi_ptr + d, mask=d < D, other=0.0)
+    lo = tl.load(lo_ptr + d, mask=d < D, other=0.0)
+    return rounded(tl.where(mask, z - hi[None, :] - lo[None, :], 0.0), ROUND)
+
+
+@triton.jit
 def stored(o, ROUND: tl.constexpr):
     """What is multiplied for an operand on its grid: float16 holds half of it, see rounded()."""
     return o * 0.5 if ROUND == "fp16" else o

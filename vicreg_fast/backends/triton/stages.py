@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...multiview import Plan
-from ...rows import WHOLE
-from . import configs, launch, local, matching, tuning
+from ...multiview import Plan, problems
+from . import configs, launch, local, matching, scatter, tuning
 from . import gradient as _gradient
 from . import terms as _terms
 
@@ -23,7 +22,7 @@ def saved(
     return [
         each
         for group in plan.groups(sources, indices)
-        for each in _terms.saved(plan, products, len(group), *group[0][1].shape)
+        for each in _terms.saved(plan, products, bool(indices), len(group), *group[0][1].shape)
     ]
 
 
@@ -78,26 +77,29 @@ def gradient(
             if all(u is None for u in reached):
                 continue
             views = launch.views(group, indices[number] if indices else None)
+            kept = saved[3 * number : 3 * number + 3]
             # The sources in the order of the views: the second direction's queries are of the second source.
             order = list(dict.fromkeys(source for source, _ in group))
-            kept = saved[3 * number : 3 * number + 3]
-            found = tuning.tuned(
-                functools.partial(_gradient.keys, views, products, machine),
-                functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, [needs[source] for source in order]),
-            )
-            for source, grads in zip(order, found, strict=True):
-                if grads is None:
+
+            def differentiate(asked: Sequence[bool], views=views, reached=reached, kept=kept) -> list[Tensor | None]:
+                return tuning.tuned(
+                    functools.partial(_gradient.keys, views, products, machine),
+                    functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, asked),
+                )
+
+            if views.index is None:  # rows are the source's own, each once
+                totals = differentiate(needs)
+                continue
+            # One source after the other: their rows' gradients are as large as the matches.
+            for which, source in enumerate(order):
+                if not needs[source]:
                     continue
-                if views.index is None:  # rows are the source's own, each once
-                    totals[source] = grads
-                    continue
-                chosen = [rows for which, rows in group if which == source]
+                grads = differentiate([which == k for k in range(len(order))])[which]
                 total = totals[source]
                 if total is None:
-                    shape = chosen[0].source.shape
-                    total = totals[source] = torch.zeros(shape, dtype=grads.dtype, device=grads.device)
-                for rows, grad in zip(chosen, grads, strict=True):
-                    rows.add(total, WHOLE, grad)
+                    total = torch.empty(problems(sources[source]).shape, dtype=torch.float32, device=grads.device)
+                scatter.scatter(views, which, grads, total, totals[source] is not None, products, machine)
+                totals[source] = total
     return [
         total.view(source.shape).to(source.dtype)
         for total, source in zip(totals, sources, strict=True)

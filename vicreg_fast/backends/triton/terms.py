@@ -34,13 +34,14 @@ def terms(views: Views, plan: Plan, products: Products, machine: Machine) -> lis
 
 
 def saved(
-    plan: Plan, products: Products, V: int, P: int, N: int, D: int
+    plan: Plan, products: Products, indexed: bool, V: int, P: int, N: int, D: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the backward pass reads: moments, M and the dual's operand."""
+    """Shapes and types of what the backward pass reads: moments, M and the dual's operand, if it is a copy."""
     dual = uses_dual(P, N, D)
     shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
     if plan.keep:
-        shapes = ((4, P, V, D), (V * P, N, N), (V, P, N, D)) if dual else ((3, P, V, D), (V * P, D, D), (0,))
+        copy = (0,) if indexed else (V, P, N, D)
+        shapes = ((4, P, V, D), (V * P, N, N), copy) if dual else ((3, P, V, D), (V * P, D, D), (0,))
     types = (torch.float32, products.matrix_type, products.type)
     return list(zip(shapes, types, strict=True))
 
@@ -52,7 +53,8 @@ class _Forward:
         self.views, self.plan, self.products, self.machine = views, plan, products, machine
         self.shape = views.shape
         self.moments, self.M, self.operand = (
-            self.empty(*shape, dtype=dtype) for shape, dtype in saved(plan, products, views.count, *views.shape)
+            self.empty(*shape, dtype=dtype)
+            for shape, dtype in saved(plan, products, views.index is not None, views.count, *views.shape)
         )
         self.ticket = self.empty(1, dtype=torch.int32)
         self.outputs = [self.empty() for _ in range(4)]
@@ -81,11 +83,16 @@ class _Forward:
         blocks = -(-D // config.columns)
         sums = self.empty(V * P * blocks, 3, dtype=torch.float64)
         energy = self.empty(V * P, blocks, N)
-        operand = self.operand if self.plan.keep else self.empty(V, P, N, D, dtype=products.type)
+        indexed = views.index is not None
+        operand, moments = self.operand, self.moments
+        if not self.plan.keep and indexed:  # the product centres rows by number itself
+            moments = self.empty(4, P, V, D)
+        elif not self.plan.keep:
+            operand = self.empty(V, P, N, D, dtype=products.type)
         moments_kernels._moments_forward_kernel[(V * P * blocks,)](
-            *views.pointers, operand, self.moments, energy, sums, self.ticket,
+            *views.pointers, operand, moments, energy, sums, self.ticket,
             P, N, D, self.plan.gamma, self.plan.eps, *views.strides, **views.constants,
-            KEEP=self.plan.keep, ROUND=products.round, BLOCK_N=config.rows, BLOCK_D=config.columns,
+            KEEP=self.plan.keep or indexed, ROUND=products.round, BLOCK_N=config.rows, BLOCK_D=config.columns,
             **launch_options(self.machine, config.warps, config.stages),
         )  # fmt: skip
 
@@ -98,9 +105,9 @@ class _Forward:
         found_sums = self.empty(found, 2, dtype=torch.float64)
         partial = self.empty(rest * parts.parts, product.tile, product.tile)
         gram_kernels._gram_forward_kernel[(parts.programs(V * P * tiles),)](
-            operand, partial, energy, self.M, found_sums, sums, self.ticket, *self.outputs,
-            P, N, D, tiles, *parts, blocks, found, len(sums), *self.plan.weights,
-            VIEWS=V, ROUND=products.round, PRECISION=products.dot, KEEP=self.plan.keep, LAST=rest == 0,
+            *views.pointers, operand, moments, partial, energy, self.M, found_sums, sums, self.ticket, *self.outputs,
+            P, N, D, tiles, *parts, blocks, found, len(sums), *self.plan.weights, *views.strides, **views.constants,
+            ROUND=products.round, TYPE=products.language_type, PRECISION=products.dot, KEEP=self.plan.keep, LAST=rest == 0,
             BLOCK_M=product.tile, BLOCK_K=product.inner,
             **launch_options(self.machine, product.warps, product.stages),
         )  # fmt: skip
