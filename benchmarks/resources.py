@@ -75,6 +75,7 @@ MAPS = (
     Maps(128, 49, 49, 512, (20, 20), channels_first=True),
     Maps(64, 196, 196, 768, (20, 4)),
     Maps(64, 128, 9, 130, (49, 9), coordinates=3),
+    Maps(64, 100, 72, 96, (20, 20)),
     Maps(16, 64, 64, 384, (64, 64), locations=torch.float64),
     Maps(16, 300, 196, 384, (20, 20), locations=torch.float64),
     Maps(8, 50, 49, 33, (49, 20)),
@@ -107,7 +108,18 @@ class Variant(NamedTuple):
         return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
 
     def __str__(self) -> str:
-        shown = ("VIEWS", "HAS_INDEX", "DUAL", "ROUND", "KEEP", "LAST", "FEW", "AXES", "LOCATION_AXES", "NATIVE")
+        shown = (
+            "VIEWS",
+            "HAS_INDEX",
+            "DUAL",
+            "ROUND",
+            "KEEP",
+            "LAST",
+            "FEW",
+            "AXES",
+            "LOCATION_AXES",
+            "NATIVE",
+        )
         shown += ("BOTH", "WHOLE", "PATCH", "X", "Y", "INV", "COV")
         blocks = [v for k, v in self.constants.items() if k.startswith("BLOCK")]
         flags = [

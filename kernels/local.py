@@ -229,7 +229,10 @@ def _local_gradient_kernel(
                     u_cov = tl.load(u_cov1_ptr if group == 1 else u_cov0_ptr).to(tl.float32)
                     a = u_cov * k_cov / (m - 1)
                     if DUAL:
-                        G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + (role * B + b) * m * m
+                        G_ptr = (
+                            match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr)
+                            + (role * B + b) * m * m
+                        )
                         inside = (n < m)[:, None] & (n < m)[None, :]
                         G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
                         wide = o.to(WIDE)

@@ -55,6 +55,8 @@ def _scatter_backward_kernel(
         for top in range(0, m, BLOCK_K):
             n = top + tl.arange(0, BLOCK_K)
             g_rows = (rows + n.to(tl.int64) * match_stride) * D
-            g = tl.load(g_ptr + g_rows[:, None] + d[None, :], mask=(n < m)[:, None] & (d < D)[None, :], other=0.0)
+            g = tl.load(
+                g_ptr + g_rows[:, None] + d[None, :], mask=(n < m)[:, None] & (d < D)[None, :], other=0.0
+            )
             out = add_rows(out, g, n, m, numbers, match_stride, patch, PRECISION)
     tl.store(at, out, mask=inside)

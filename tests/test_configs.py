@@ -62,10 +62,9 @@ def test_auto_on_a_cpu_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("family", configs.FAMILIES)
 def test_every_shape_has_a_configuration(family: str) -> None:
-    kinds = [("moments", ""), ("local", ""), ("matching", "fp32"), ("matching", "half")]
-    kinds += [
-        (kernel, kind) for kernel in ("gram", "second_moment", "gradient") for kind in ("fp32", "tf32", "half")
-    ]
+    kinds = [("moments", ""), ("local_gradient", ""), ("matching", "fp32"), ("matching", "half")]
+    products = ("gram", "second_moment", "gradient", "local")
+    kinds += [(kernel, kind) for kernel in products for kind in ("fp32", "tf32", "half")]
     for aligned, (kernel, kind), N, D in itertools.product((True, False), kinds, SIZES, SIZES):
         key = Key(family, 132, aligned, kernel, kind, 2, N, D)
         assert type(configs.from_table(key)) is configs.KINDS[kernel]

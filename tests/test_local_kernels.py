@@ -43,7 +43,12 @@ class Found:
 
 
 def of_kernels(
-    maps: Sequence[Tensor], indices: Sequence[Tensor], counts: Counts, across: bool, precision: str | None, scale: float
+    maps: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    counts: Counts,
+    across: bool,
+    precision: str | None,
+    scale: float,
 ) -> Found:
     """Six terms: of the matches by location, then of those by feature."""
     maps = [z.detach().requires_grad_() for z in maps]
@@ -79,7 +84,9 @@ class LocalFloors:
     Equal rows add up in a map's gradient, and so may their roundings: the norm grows by the root of their number at most.
     """
 
-    def __init__(self, maps: Sequence[Tensor], sets: Sequence[reference.Matches], across: bool, unit: float) -> None:
+    def __init__(
+        self, maps: Sequence[Tensor], sets: Sequence[reference.Matches], across: bool, unit: float
+    ) -> None:
         self.value, self.gradient = 0.0, [0.0, 0.0]
         for back, matches in enumerate(sets):
             numbers = (back, 1 - back)
@@ -117,7 +124,11 @@ def assert_parity(
         floors = LocalFloors(maps, sets[2 * part : 2 * part + 2], across, unit)
         for term, kind in enumerate(TERMS):
             k = 3 * part + term
-            floor = {"inv": 8 * U * truth.values[k], "var": 8 * U, "cov": 8 * U * truth.values[k] + floors.value}
+            floor = {
+                "inv": 8 * U * truth.values[k],
+                "var": 8 * U,
+                "cov": 8 * U * truth.values[k] + floors.value,
+            }
             allowed = twice((eager.values[k] - truth.values[k]).abs()) + floor[kind] + 2.0**-149
             assert abs(fast.values[k] - truth.values[k]) <= allowed, f"{name} {kind}"
             for side, (g, e, t) in enumerate(zip(fast.grads[k], eager.grads[k], truth.grads[k], strict=True)):
@@ -200,7 +211,9 @@ def test_one_image() -> None:
 
 def test_one_candidate_is_nearest_to_every_query() -> None:
     maps = maps_of(2, (40, 30), 96)
-    locations = [torch.rand(2, P, 2) + 100 * (torch.arange(P)[:, None] > 0) * (1, -1)[k] for k, P in enumerate((40, 30))]
+    locations = [
+        torch.rand(2, P, 2) + 100 * (torch.arange(P)[:, None] > 0) * (1, -1)[k] for k, P in enumerate((40, 30))
+    ]
     assert_parity(maps, locations, (20, 20), False, "highest", 0.0)
 
 
@@ -216,7 +229,8 @@ def test_locations_of_other_types(dtype: torch.dtype) -> None:
     maps = [z.requires_grad_() for z in maps_of(3, (20, 70), 12)]
     locations = [(1000 * torch.rand(3, P, 2)).to(dtype) for P in (20, 70)]
     found, truth = (
-        VICRegLLoss(5, 0.0, backend=backend)(*maps, None, None, *locations) for backend in ("triton", "reference")
+        VICRegLLoss(5, 0.0, backend=backend)(*maps, None, None, *locations)
+        for backend in ("triton", "reference")
     )
     for name, value in truth.items():
         assert abs(found[name] - value) <= 16 * U * value.abs(), name
@@ -225,7 +239,9 @@ def test_locations_of_other_types(dtype: torch.dtype) -> None:
 def test_maps_of_different_types() -> None:
     x, y = maps_of(3, (20, 30), 40)
     found, truth = (
-        VICRegLLoss(5, 0.0, backend=backend)(x, y.half(), None, None, torch.rand(3, 20, 2), torch.rand(3, 30, 2))
+        VICRegLLoss(5, 0.0, backend=backend)(
+            x, y.half(), None, None, torch.rand(3, 20, 2), torch.rand(3, 30, 2)
+        )
         for backend in ("triton", "reference")
     )
     assert found.keys() == truth.keys()
@@ -298,6 +314,35 @@ def test_launches(case: str, launches: Launches) -> None:
     total.backward()
     assert [name for name, _, _ in launches[len(forward) :]] == ["local_gradient"]
     assert [keywords["enable_fp_fusion"] for _, keywords, _ in launches] == [False] * len(launches)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "options"),
+    [
+        ("image", {"num_matches": 12, "P1": 20, "P2": 30, "C": 64}),
+        ("image", {"num_matches": 70, "P1": 71, "P2": 72, "C": 90, "B": 2}),  # more than one program holds
+        ("slot", {"num_matches": 12, "P1": 20, "P2": 30, "C": 64, "B": 9}),
+        ("slot", {"num_matches": 6, "P1": 20, "P2": 30, "C": 4, "B": 40}),
+    ],
+)
+def test_matched_rows_are_not_copied(statistics: str, options: dict[str, Any], launches: Launches) -> None:
+    """Forward not at all; backward one source's gradients at a time, one buffer a direction, per slot."""
+    loss, inputs = loss_and_inputs(statistics=statistics, **options)
+    losses = loss(*inputs)
+    B, m, C = inputs[0].shape[0], options["num_matches"], inputs[0].shape[2]
+    P, N = (B, m) if statistics == "image" else (m, B)
+
+    def of_rows(found: Launches) -> list[tuple[int, ...]]:
+        """Shapes of the floating tensors, inputs apart, that hold N rows of C features."""
+        given = {z.data_ptr() for z in inputs if z is not None}
+        every = [t for _, _, args in found for t in args if isinstance(t, Tensor) and t.data_ptr() not in given]
+        return [tuple(t.shape) for t in every if t.is_floating_point() and t.shape[-2:] == (N, C)]
+
+    assert not of_rows(launches)
+    before = len(launches)
+    losses["loss"].backward()
+    needs_buffer = statistics == "slot" or m > 64
+    assert set(of_rows(launches[before:])) == ({(2, P, N, C)} if needs_buffer else set())
 
 
 def test_the_whole_loss_is_weighed_once() -> None:

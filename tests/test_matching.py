@@ -320,8 +320,6 @@ def case_types(case):
     return (torch.float64,) if "float64" in case else ()
 
 
-
-
 every_case = pytest.mark.parametrize(
     ("case", "backend"),
     [(case, backend) for case in CASES for backend in BACKENDS if kernels_run(backend, *case_types(case))],

@@ -288,9 +288,7 @@ def test_rows_by_number(across: bool, size: tuple[int, ...], layout: str) -> Non
     )
     truth, truth_grads = evaluate(lambda z: of_matches(z, indices, across), torch.float64)
     eager, eager_grads = evaluate(lambda z: of_matches(z, indices, across), torch.float32)
-    fast, fast_grads = evaluate(
-        lambda z: weighted_terms(plan, (1.0, 1.0, 1.0), z, group)[0][0], torch.float32
-    )
+    fast, fast_grads = evaluate(lambda z: weighted_terms(plan, (1.0, 1.0, 1.0), z, group)[0][0], torch.float32)
     assert ((fast - truth).abs() <= 2 * (eager - truth).abs() + ROUNDINGS * truth + 8 * U).all()
     for fast_pair, eager_pair, truth_pair in zip(fast_grads, eager_grads, truth_grads, strict=True):
         for f, e, t in zip(fast_pair, eager_pair, truth_pair, strict=True):

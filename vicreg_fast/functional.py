@@ -121,9 +121,7 @@ def match_patches(
             return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
         (matches,) = operators.match((queries, candidates), (), (m,), "distance", False, backend)
         query, candidate = matches.unbind()
-        return PatchMatches(
-            query, candidate, operators.match_distances(queries, candidates, matches, backend)
-        )
+        return PatchMatches(query, candidate, operators.match_distances(queries, candidates, matches, backend))
 
 
 def rows(maps: Tensor, index: Tensor) -> Tensor:
@@ -230,9 +228,7 @@ def local_terms(
         return location, feature, location.total + feature.total
     across = statistics == "slot"
     # An image's own statistics do not depend on the order of its matches.
-    indices = operators.match(
-        maps, locations, counts, match_order if across else "distance", across, backend
-    )
+    indices = operators.match(maps, locations, counts, match_order if across else "distance", across, backend)
     plan = local_views(counts)._replace(
         across=across, gamma=gamma, eps=eps, precision=precision, backend=backend
     )

@@ -36,7 +36,9 @@ class Plan(NamedTuple):
     backend: str = "aten"
     weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, of every group
     keep: bool = True  # False: no backward pass will follow, and what only it reads need not be written
-    averaged: int = 1  # how many groups, one after the other, are added to one loss: their weights say what share each has
+    averaged: int = (
+        1  # how many groups, one after the other, are added to one loss: their weights say what share each has
+    )
 
     @property
     def source_count(self) -> int:

@@ -50,7 +50,9 @@ class _Matches:
         return block_of(self.D, most)
 
 
-def keys(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor], products: Products, machine: Machine) -> list[Key]:
+def keys(
+    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor], products: Products, machine: Machine
+) -> list[Key]:
     """What the configurations are chosen by, of the forward pass and of the backward: matches and patches."""
     m = max(index.shape[2] for index in indices[: len(plan.group_sizes)])
     P = max(source.shape[1] for source in sources)
@@ -117,7 +119,9 @@ def gradient(
     B, D = matches.B, matches.D
     # Both directions of a loss have the same upstream gradients.
     reached = [*upstream[:3], *upstream[3 * plan.averaged :][:3]]
-    inv, var, cov = (sum(1 << group for group in range(2) if reached[3 * group + k] is not None) for k in range(3))
+    inv, var, cov = (
+        sum(1 << group for group in range(2) if reached[3 * group + k] is not None) for k in range(3)
+    )
     grads = [
         torch.empty(source.shape, dtype=source.dtype, device=source.device) if need else None
         for source, need in zip(sources, needs, strict=True)
@@ -125,7 +129,9 @@ def gradient(
     # In the place of what is not there, a pointer of its type that is not used.
     outs = [grad for grad in grads if grad is not None]
     some = next(u for u in reached if u is not None)
-    block_p = block_of(max(source.shape[1] for source, need in zip(sources, needs, strict=True) if need), config.patches)
+    block_p = block_of(
+        max(source.shape[1] for source, need in zip(sources, needs, strict=True) if need), config.patches
+    )
     columns = matches.columns(config.columns)
     tiles = sum(-(-out.shape[1] // block_p) for out in outs)
     k_inv, k_var, k_cov = matches.factors

@@ -60,7 +60,8 @@ def match(
     whole = P1 <= block_q and P2 <= block_c
     blocks = -(-P1 // block_q)
     found = [
-        torch.empty(shape, dtype=torch.int64, device=x.device) for shape in index_shapes(B, counts, across) * groups
+        torch.empty(shape, dtype=torch.int64, device=x.device)
+        for shape in index_shapes(B, counts, across) * groups
     ]
     numbers = by_direction(found)
     ticket = torch.empty(1, dtype=torch.int32, device=x.device)

@@ -10,7 +10,9 @@ from .launch import Products, Views, block_of
 _PATCHES, _MATCHES, _COLUMNS = 64, 32, 32
 
 
-def scatter(views: Views, which: int, grads: Tensor, total: Tensor, add: bool, products: Products, machine: Machine) -> None:
+def scatter(
+    views: Views, which: int, grads: Tensor, total: Tensor, add: bool, products: Products, machine: Machine
+) -> None:
     """Add gradients (views of the source, P, N, D), float32, to ``total`` (images, patches, D), or write them there.
 
     ``which``: 0, the source of the first view, or 1, that of the second.
@@ -20,7 +22,9 @@ def scatter(views: Views, which: int, grads: Tensor, total: Tensor, add: bool, p
     images, patches, _ = total.shape
     across = views.x.across
     m, image_stride, match_stride = (P, 1, N) if across else (N, N, 1)
-    first, step = (0, 3) if which == 0 else (1, 1)  # of the four views as kernels/rows.py has them; of two, the one
+    first, step = (
+        (0, 3) if which == 0 else (1, 1)
+    )  # of the four views as kernels/rows.py has them; of two, the one
     block_p = block_of(patches, _PATCHES)
     block_d = block_of(D, _COLUMNS)
     tiles = -(-patches // block_p) * -(-D // block_d)

@@ -81,7 +81,9 @@ def gradient(
             # The sources in the order of the views: the second direction's queries are of the second source.
             order = list(dict.fromkeys(source for source, _ in group))
 
-            def differentiate(asked: Sequence[bool], views=views, reached=reached, kept=kept) -> list[Tensor | None]:
+            def differentiate(
+                asked: Sequence[bool], views=views, reached=reached, kept=kept
+            ) -> list[Tensor | None]:
                 return tuning.tuned(
                     functools.partial(_gradient.keys, views, products, machine),
                     functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, asked),
@@ -97,7 +99,9 @@ def gradient(
                 grads = differentiate([which == k for k in range(len(order))])[which]
                 total = totals[source]
                 if total is None:
-                    total = torch.empty(problems(sources[source]).shape, dtype=torch.float32, device=grads.device)
+                    total = torch.empty(
+                        problems(sources[source]).shape, dtype=torch.float32, device=grads.device
+                    )
                 scatter.scatter(views, which, grads, total, totals[source] is not None, products, machine)
                 totals[source] = total
     return [
