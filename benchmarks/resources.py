@@ -108,7 +108,7 @@ class Variant(NamedTuple):
         return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
 
     def __str__(self) -> str:
-        shown = (
+        shown: tuple[str, ...] = (
             "VIEWS",
             "HAS_INDEX",
             "DUAL",
@@ -205,11 +205,11 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
     indices = stages.match(sources, locations, maps.counts, "distance", False)
     stages.match(sources, locations, maps.counts, "patch", True)
     matches, *_ = stages.match(sources, [], maps.counts[:1], "distance", False)
-    stages.match_distances(*sources, matches)
+    stages.match_distances(sources[0], sources[1], matches)
     plan = local_views(maps.counts)._replace(precision=precision)
     stages.terms(plan._replace(keep=False), sources, indices)
     outputs = stages.terms(plan, sources, indices)
-    ups: list[Tensor | None] = outputs[:3] * len(plan.group_sizes)
+    ups: list[Tensor | None] = [*outputs[:3]] * len(plan.group_sizes)
     for upstream, needs in (
         (ups, [True, True]),
         (ups, [False, True]),

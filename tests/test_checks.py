@@ -245,13 +245,13 @@ def test_num_matches_of_another_type(value, statistics):
 
 @pytest.mark.parametrize("value", [(), (3,), [2, 3, 4]], ids=str)
 def test_num_matches_of_other_than_two_directions(value):
-    with pytest.raises(ValueError, match=f"num_matches needs .* a pair of them .*, got {len(value)} numbers"):
+    with pytest.raises(ValueError, match=rf"num_matches needs .* a pair of them .*, got {len(value)} numbers"):
         VICRegLLoss(num_matches=value)
 
 
 @pytest.mark.parametrize("value", [(1, 4), (4, 1)], ids=str)
 def test_num_matches_of_one_direction_below_two(value):
-    with pytest.raises(ValueError, match="num_matches needs to be at least 2 .*image.*, got 1"):
+    with pytest.raises(ValueError, match=r"num_matches needs to be at least 2 .*image.*, got 1"):
         VICRegLLoss(num_matches=value)
 
 

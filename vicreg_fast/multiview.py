@@ -101,8 +101,6 @@ def local_views(counts: tuple[int, int]) -> Plan:
 
 def index_shapes(B: int, counts: Sequence[int], across: bool) -> list[tuple[int, int, int]]:
     """Shapes (V, P, N) of the matches of one kind, a tensor a group: ``counts`` of one direction or of both."""
-    if len(counts) == 2 and counts[0] == counts[1]:
-        shapes = [(4, counts[0])]
-    else:
-        shapes = [(2, m) for m in counts]
+    alike = len(counts) == 2 and counts[0] == counts[1]
+    shapes = [(4, counts[0])] if alike else [(2, m) for m in counts]
     return [(V, m, B) if across else (V, B, m) for V, m in shapes]

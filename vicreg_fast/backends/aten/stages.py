@@ -117,4 +117,5 @@ def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Ten
         Rows(z, patch).read(WHOLE).to(dtype)
         for z, patch in zip((queries, candidates), matches.unbind(), strict=True)
     )
-    return torch.linalg.vector_norm(query - candidate, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(query - candidate, dim=-1)
+    return distance

@@ -133,7 +133,7 @@ def by_direction(found: Sequence[Tensor]) -> list[Tensor]:
 
     Of one group or one direction, others stand in the place of what is not there: they are not used.
     """
-    sets = [half for views in found for half in (views.split(2) if len(views) == 4 else [views])]
+    sets = [half for views in found for half in (views.chunk(2) if len(views) == 4 else (views,))]
     return sets * (4 // len(sets))
 
 

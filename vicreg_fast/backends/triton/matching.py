@@ -57,7 +57,7 @@ def match(
     wide = torch.float64 in (x_location.dtype, y_location.dtype)
     largest = min(config.tile, 64) if wide else config.tile  # float64 distances take twice the registers
     block_q, block_c = block_of(P1, largest), block_of(P2, largest)
-    whole = P1 <= block_q and P2 <= block_c
+    whole = max(P1, P2) <= largest
     blocks = -(-P1 // block_q)
     found = [
         torch.empty(shape, dtype=torch.int64, device=x.device)

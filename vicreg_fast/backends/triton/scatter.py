@@ -1,5 +1,8 @@
 """Launches the sum of gradients of rows by number, for one source."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ...kernels import scatter as kernels
@@ -11,15 +14,25 @@ _PATCHES, _MATCHES, _COLUMNS = 64, 32, 32
 
 
 def scatter(
-    views: Views, which: int, grads: Tensor, total: Tensor, add: bool, products: Products, machine: Machine
-) -> None:
-    """Add gradients (views of the source, P, N, D), float32, to ``total`` (images, patches, D), or write them there.
+    views: Views,
+    which: int,
+    grads: Tensor | None,
+    shape: Sequence[int],
+    total: Tensor | None,
+    products: Products,
+    machine: Machine,
+) -> Tensor:
+    """The sum of gradients (views of the source, P, N, D), float32, in a source of a shape (images, patches, D).
 
-    ``which``: 0, the source of the first view, or 1, that of the second.
+    ``which``: 0, the source of the first view, or 1, that of the second.  ``total``: what is added to, in place.
     """
+    assert grads is not None
     assert views.index is not None
     _, P, N, D = grads.shape
-    images, patches, _ = total.shape
+    images, patches, _ = shape
+    add = total is not None
+    if total is None:
+        total = torch.empty(shape, dtype=torch.float32, device=grads.device)
     across = views.x.across
     m, image_stride, match_stride = (P, 1, N) if across else (N, N, 1)
     first, step = (
@@ -33,3 +46,4 @@ def scatter(
         VIEWS=len(grads), ADD=add, PRECISION=products.exact,
         BLOCK_P=block_p, BLOCK_K=_MATCHES, BLOCK_D=block_d, **launch_options(machine, warps=4),
     )  # fmt: skip
+    return total

@@ -78,32 +78,23 @@ def gradient(
                 continue
             views = launch.views(group, indices[number] if indices else None)
             kept = saved[3 * number : 3 * number + 3]
-            # The sources in the order of the views: the second direction's queries are of the second source.
-            order = list(dict.fromkeys(source for source, _ in group))
-
-            def differentiate(
-                asked: Sequence[bool], views=views, reached=reached, kept=kept
-            ) -> list[Tensor | None]:
-                return tuning.tuned(
-                    functools.partial(_gradient.keys, views, products, machine),
-                    functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached, asked),
-                )
-
+            differentiate = functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached)
+            keys = functools.partial(_gradient.keys, views, products, machine)
             if views.index is None:  # rows are the source's own, each once
-                totals = differentiate(needs)
+                totals = tuning.tuned(keys, functools.partial(differentiate, needs))
                 continue
-            # One source after the other: their rows' gradients are as large as the matches.
+            # The sources in the order of the views: the second direction's queries are of the second source.  One after
+            # the other: their rows' gradients are as large as the matches.
+            order = list(dict.fromkeys(source for source, _ in group))
             for which, source in enumerate(order):
                 if not needs[source]:
                     continue
-                grads = differentiate([which == k for k in range(len(order))])[which]
-                total = totals[source]
-                if total is None:
-                    total = torch.empty(
-                        problems(sources[source]).shape, dtype=torch.float32, device=grads.device
-                    )
-                scatter.scatter(views, which, grads, total, totals[source] is not None, products, machine)
-                totals[source] = total
+                alone = [which == k for k in range(len(order))]
+                rows = tuning.tuned(keys, functools.partial(differentiate, alone))[which]
+                before = totals[source]
+                totals[source] = scatter.scatter(
+                    views, which, rows, problems(sources[source]).shape, before, products, machine
+                )
     return [
         total.view(source.shape).to(source.dtype)
         for total, source in zip(totals, sources, strict=True)
