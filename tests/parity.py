@@ -42,9 +42,9 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
 
 
 def covering_pairs(
-    axes: dict[str, Sequence[Any]], cost: Callable[..., float] = lambda **case: 0.0
+    axes: dict[str, Sequence[Any]], cost: Callable[..., float] = lambda **case: 1.0
 ) -> list[dict[str, Any]]:
-    """Combinations in which every two values of different axes meet, of many that would do the cheapest ones."""
+    """Combinations in which every two values of different axes meet; more, but cheaper ones where their costs differ."""
     sizes = [len(values) for values in axes.values()]
     starts = list(itertools.accumulate(sizes, initial=0))
     count = starts[-1]
@@ -53,15 +53,13 @@ def covering_pairs(
         at = [start + number for start, number in zip(starts, numbers, strict=False)]
         case = {name: axes[name][i] for name, i in zip(axes, numbers, strict=True)}
         everything.append((cost(**case), case, [a * count + b for a, b in itertools.combinations(at, 2)]))
-    everything.sort(key=lambda each: each[0])
     left = bytearray(count * count)
     for *_, met in everything:
         for number in met:
             left[number] = 1
     chosen = []
     while any(left):
-        # The first of the largest: max takes the cheapest.
-        _, case, met = max(everything, key=lambda each: sum(left[number] for number in each[2]))
+        _, case, met = max(everything, key=lambda each: sum(left[number] for number in each[2]) / each[0])
         for number in met:
             left[number] = 0
         chosen.append(case)

@@ -181,9 +181,10 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 def cost(patches: tuple[int, int], C: int, matches: Any, statistics: str, **_: Any) -> float:
-    """About how long a case takes."""
+    """About how long a case takes: the launches, tiles of distances, and programs of the terms."""
     m = max(patches) if matches is None else 20
-    return C * (patches[0] * patches[1] + (100 * m if statistics == "slot" else 0))
+    many = statistics == "slot" or m > 64
+    return 1 + C * patches[0] * patches[1] / 2e6 + (m * (1 + C / 64) / 10 if many else 0)
 
 
 @pytest.mark.parametrize("case", covering_pairs(AXES, cost), ids=name_of)

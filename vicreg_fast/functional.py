@@ -119,7 +119,7 @@ def match_patches(
             query, candidate = reference.match(q, c, m)
             difference = reference.gather_rows(q, query) - reference.gather_rows(c, candidate)
             return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
-        (matches,) = operators.match((queries, candidates), (), (m,), "distance", False, backend)
+        matches, *_ = operators.match((queries, candidates), (), (m,), "distance", False, backend)
         query, candidate = matches.unbind()
         return PatchMatches(query, candidate, operators.match_distances(queries, candidates, matches, backend))
 
