@@ -285,6 +285,8 @@ def examine(variant: Variant, target: str) -> Resources:
     defects = []
     if spilled:
         defects.append(f"{spilled} bytes spilled")
+    if backend == "cuda" and -(-registers // 8) * 8 * threads > 65536:
+        defects.append(f"{registers} registers in each of {threads} threads, 65536 there")
     if compiled.metadata.shared > limit:
         defects.append(f"{compiled.metadata.shared} bytes of shared memory, {limit} there")
     constants = variant.constants

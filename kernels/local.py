@@ -140,28 +140,27 @@ def _local_forward_kernel(
     differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     hinge = tl.zeros((BLOCK_D,), tl.float64)
     norm = tl.zeros((BLOCK_D,), tl.float64)
-    q_gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    c_gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    q_energy = tl.zeros((BLOCK_N,), WIDE)
-    c_energy = tl.zeros((BLOCK_N,), WIDE)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = (n < m)[:, None] & (d < D)[None, :]
-        q = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
-        c = load_rows(c_ptr + column_offsets(d, c_stride_d), c_rows, mask)
-        differences += (q - c) * (q - c)
-        hinge, norm, q_gram, q_energy = _accumulate(
-            q_ptr, q_rows, n, m, d, D, q_stride_d, q, gamma, eps, hinge, norm, q_gram, q_energy,
-            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
-        )  # fmt: skip
-        hinge, norm, c_gram, c_energy = _accumulate(
-            c_ptr, c_rows, n, m, d, D, c_stride_d, c, gamma, eps, hinge, norm, c_gram, c_energy,
-            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
-        )  # fmt: skip
-    cov = tl.sum(norm)
-    if DUAL:
-        cov += _finish_gram(q_gram, q_energy, n, m, G_ptr, KEEP, ROUND)
-        cov += _finish_gram(c_gram, c_energy, n, m, G_ptr + B * m * m, KEEP, ROUND)
+    cov = tl.zeros((), tl.float64)
+    # One view after the other: the registers that hold the Gram matrix of one would not hold both.
+    for role in tl.static_range(2):
+        gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+        energy = tl.zeros((BLOCK_N,), WIDE)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = (n < m)[:, None] & (d < D)[None, :]
+            z = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
+            if role == 1:
+                c = load_rows(c_ptr + column_offsets(d, c_stride_d), c_rows, mask)
+                differences += (z - c) * (z - c)
+                z = c
+            hinge, norm, gram, energy = _accumulate(
+                c_ptr if role == 1 else q_ptr, c_rows if role == 1 else q_rows, n, m, d, D,
+                c_stride_d if role == 1 else q_stride_d, z, gamma, eps, hinge, norm, gram, energy,
+                DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
+            )  # fmt: skip
+        if DUAL:
+            cov += _finish_gram(gram, energy, n, m, G_ptr + role * B * m * m, KEEP, ROUND)
+    cov += tl.sum(norm)
     at = sums_ptr + (group * 2 * B + program // 4 * 2 + back) * 3
     tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)) / m)
     tl.store(at + 1, tl.sum(hinge))

@@ -89,6 +89,31 @@ def test_one_candidate_is_nearest_to_every_query() -> None:
     assert_parity(maps, locations, (20, 20), False, "highest", 0.0)
 
 
+@pytest.mark.parametrize("statistics", ["image", "slot"])
+def test_a_mean_of_a_thousand_standard_deviations(statistics: str) -> None:
+    """Rounding the mean once would show in what is centred by it."""
+    maps = [z + 700 for z in maps_of(7, (20, 20), 96)]
+    locations = [torch.rand(7, 20, 2)] * 2
+    assert_parity(maps, locations, (7, 7), statistics == "slot", "highest", 0.0)
+
+
+@pytest.mark.parametrize("kind", ["float16", "medium"])
+def test_dual_of_rows_by_number_in_16_bits(kind: str) -> None:
+    dtype, precision, unit = KINDS[kind]
+    assert uses_dual(5, 9, 96)
+    maps = maps_of(9, (20, 20), 96, dtype=dtype)
+    assert_parity(maps, [torch.rand(9, 20, 2)] * 2, (5, 4), True, precision, unit, scale=2.0**10)
+
+
+def test_gradients_of_both_kinds_of_matches_add_up_per_slot() -> None:
+    loss, inputs = loss_and_inputs(num_matches=5, statistics="slot")
+    found = torch.autograd.grad(loss._local(*inputs[:2], *inputs[4:])[1], inputs[:2])
+    parts = [loss.local_loss(*inputs[:2], *inputs[4:])[f"{part}/loss"] for part in PARTS]
+    alone = [torch.autograd.grad(part, inputs[:2], retain_graph=True) for part in parts]
+    for f, a, b in zip(found, *alone, strict=True):
+        assert (f - a - b).norm() <= 4 * U * f.norm()
+
+
 def test_equal_patches_and_constant_channels() -> None:
     x, y = maps_of(2, (20, 20), 40)
     x[:, ::2] = x[:, :1]

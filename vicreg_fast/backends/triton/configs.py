@@ -172,6 +172,16 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     return {"fp32": (Row(ANY, ANY, Matching(64, fp32.inner, fp32.warps, stages)),), "half": (*rows, *many)}
 
 
+def _local_gradient(warps: int) -> Rows[LocalGradient]:
+    # All of an image's patches in one program, as far as they go: others compute the same rows again.
+    return (
+        Row(32, 64, LocalGradient(64, 32)),
+        Row(32, 128, LocalGradient(128, 32, 8)),
+        Row(32, ANY, LocalGradient(256, 16, 8)),
+        Row(ANY, ANY, LocalGradient(32, 16, warps)),
+    )
+
+
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
     # The primal's operands pass through registers: shorter multiplications.
@@ -185,15 +195,9 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
         # float64 squares of float32-accurate operands take registers.
         local={
             name: (Row(32, ANY, Local(32, warps)), Row(ANY, ANY, Local(16, most)))
-            for name, warps, most in (("fp32", 8, 16), ("tf32", 4, 4), ("half", 4, 4))
+            for name, warps, most in (("fp32", 8, 8), ("tf32", 4, 8), ("half", 4, 8))
         },
-        # All of an image's patches in one program, as far as they go: others compute the same rows again.
-        local_gradient=(
-            Row(32, 64, LocalGradient(64, 32)),
-            Row(32, 128, LocalGradient(128, 32, 8)),
-            Row(32, ANY, LocalGradient(256, 16, 8)),
-            Row(ANY, ANY, LocalGradient(32, 16, fp32.warps)),
-        ),
+        local_gradient=_local_gradient(fp32.warps),
     )
 
 
@@ -208,6 +212,15 @@ def _large(stages: int) -> Table:
     return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64))
 
 
+def _sm100() -> Family:
+    """As the other large ones, but for tiles of distances and gradients of many matches, which spilled there."""
+    matching: dict[str, Rows[Matching]] = {
+        kind: (Row(ANY, ANY, Matching(64, inner, 8)),) for kind, inner in (("fp32", 32), ("half", 64))
+    }
+    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8))
+    return Family(aligned, _odd(3))
+
+
 def _odd(stages: int) -> Table:
     return _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), columns=32)
 
@@ -217,7 +230,7 @@ FAMILIES = {
     # 8.6, 8.9, 12.0 and what is not known: the least shared memory.
     "sm86": Family(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _odd(2)),
     "sm90": Family(_large(3), _odd(3)),
-    "sm100": Family(_large(3), _odd(3)),
+    "sm100": _sm100(),
     "gfx942": Family(_large(2), _odd(2)),
     "gfx950": Family(_large(2), _odd(2)),
 }
