@@ -31,7 +31,6 @@ def _centred(z, n, N):
     mask = (n < N)[:, None]
     first = tl.sum(tl.where((n == 0)[:, None], z, 0.0), 0)
     e = tl.where(mask, z - first[None, :], 0.0)
-    e -= tl.where(mask, tl.sum(e, 0)[None, :] / N, 0.0)
     return e - tl.where(mask, tl.sum(e, 0)[None, :] / N, 0.0)
 
 

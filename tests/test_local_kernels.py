@@ -97,6 +97,15 @@ def test_a_mean_of_a_thousand_standard_deviations(statistics: str) -> None:
     assert_parity(maps, locations, (7, 7), statistics == "slot", "highest", 0.0)
 
 
+def test_the_first_row_is_far_from_the_others() -> None:
+    """It is what is subtracted before the mean is known."""
+    maps = maps_of(3, (9, 9), 96)
+    for z in maps:
+        z[:, 0] += 1e4
+    locations = [torch.arange(9.0)[:, None].expand(3, 9, 2)] * 2  # each patch matches itself, in order
+    assert_parity(maps, locations, (9, 9), False, "highest", 0.0)
+
+
 @pytest.mark.parametrize("kind", ["float16", "medium"])
 def test_dual_of_rows_by_number_in_16_bits(kind: str) -> None:
     dtype, precision, unit = KINDS[kind]
