@@ -10,8 +10,8 @@ candidate view, and at most 64 matches.  x (B, P1, D), y (B, P2, D), any strides
 candidates; G (2, B, m, m) a set, on the operand's grid, dual only.
 
 A set's rows go from the maps into registers, all at once, and are centred there: no moments are kept and none is read
-again.  Forward: 4 m D elements are read for each group of an image, and 4 m^2 D operations done.  Backward: the same
-rows, and both gradients are written, each element once.
+again.  Forward: 6 m D elements are read for each group of an image, the queries for the invariance once more, and 4 m^2 D
+operations done.  Backward: 4 m D elements, and both gradients are written, each element once.
 """
 
 import triton
@@ -66,7 +66,10 @@ def _accumulate(
     z_ptr, rows, n, m, d, D, stride_d, z, gamma, eps, hinge, norm, gram, energy,
     DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """(hinge, norm, gram, energy) with one view's columns added: hinge and norm by column, energy of each row of o."""
+    """(hinge, norm, gram, energy) with the columns d added: hinge and norm by column, energy of each row of o.
+
+    Of the dual ``norm`` is (m - 1)^2 times what is subtracted: a division by column would be one of float64.
+    """
     c = _centred(z, n, m)
     std = _deviation(c, m)
     penalty = above_zero(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
@@ -78,7 +81,7 @@ def _accumulate(
         wide = o.to(energy.dtype)
         squares = wide * wide
         energy += tl.sum(squares, 1)
-        operand_v = tl.sum(squares, 0).to(tl.float64) / (m - 1)
+        operand_v = tl.sum(squares, 0).to(tl.float64)  # m - 1 times vhat
         norm -= operand_v * operand_v
     else:
         for first in range(0, D, BLOCK_F):
@@ -112,60 +115,57 @@ def _local_forward_kernel(
     DUAL: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program: both views of one match set of one image."""
+    """One program: one view of one match set of one image; the candidates' has the invariance too."""
     program = tl.program_id(0)
-    back = program % 2
-    group = program // 2 % 2
-    b = (program // 4).to(tl.int64)
+    role = program % 2
+    back = program // 2 % 2
+    group = program // 4 % 2
+    b = (program // 8).to(tl.int64)
     B = B.to(tl.int64)
     m = m1
     if back == 1:
         m = m2
     numbers = match_numbers(group, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
-    G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + b * m * m
+    z_ptr, _, stride_b, _, stride_p, stride_d = view_of(
+        2 * back + role, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
+        y_stride_b, 0, y_stride_p, y_stride_d, False,
+    )  # fmt: skip
     q_ptr, _, q_stride_b, _, q_stride_p, q_stride_d = view_of(
         2 * back, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
         y_stride_b, 0, y_stride_p, y_stride_d, False,
     )  # fmt: skip
-    c_ptr, _, c_stride_b, _, c_stride_p, c_stride_d = view_of(
-        2 * back + 1, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
-        y_stride_b, 0, y_stride_p, y_stride_d, False,
-    )  # fmt: skip
     n = tl.arange(0, BLOCK_N)
+    rows = _matched_rows(numbers + role * B * m, b, n, m, stride_b, stride_p)
     q_rows = _matched_rows(numbers, b, n, m, q_stride_b, q_stride_p)
-    c_rows = _matched_rows(numbers + B * m, b, n, m, c_stride_b, c_stride_p)
     # float32 sums of one strong feature would show in what the float32-accurate dual subtracts.
     WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
-    differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    differences = tl.zeros((BLOCK_N,), tl.float32)
     hinge = tl.zeros((BLOCK_D,), tl.float64)
     norm = tl.zeros((BLOCK_D,), tl.float64)
-    cov = tl.zeros((), tl.float64)
-    # One view after the other: the registers that hold the Gram matrix of one would not hold both.
-    for role in tl.static_range(2):
-        gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-        energy = tl.zeros((BLOCK_N,), WIDE)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = (n < m)[:, None] & (d < D)[None, :]
-            z = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
-            if role == 1:
-                c = load_rows(c_ptr + column_offsets(d, c_stride_d), c_rows, mask)
-                differences += (z - c) * (z - c)
-                z = c
-            hinge, norm, gram, energy = _accumulate(
-                c_ptr if role == 1 else q_ptr, c_rows if role == 1 else q_rows, n, m, d, D,
-                c_stride_d if role == 1 else q_stride_d, z, gamma, eps, hinge, norm, gram, energy,
-                DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
-            )  # fmt: skip
-        if DUAL:
-            cov += _finish_gram(gram, energy, n, m, G_ptr + role * B * m * m, KEEP, ROUND)
-    cov += tl.sum(norm)
-    at = sums_ptr + (group * 2 * B + program // 4 * 2 + back) * 3
-    tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)) / m)
+    gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    energy = tl.zeros((BLOCK_N,), WIDE)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (n < m)[:, None] & (d < D)[None, :]
+        z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
+        if role == 1:
+            q = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
+            differences += tl.sum((q - z) * (q - z), 1)
+        hinge, norm, gram, energy = _accumulate(
+            z_ptr, rows, n, m, d, D, stride_d, z, gamma, eps, hinge, norm, gram, energy,
+            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
+        )  # fmt: skip
+    cov = tl.sum(norm)
+    if DUAL:
+        G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + (role * B + b) * m * m
+        scale = m.to(tl.float64) - 1
+        cov = cov / (scale * scale) + _finish_gram(gram, energy, n, m, G_ptr, KEEP, ROUND)
+    at = sums_ptr + (group * 4 * B + program // 8 * 4 + back * 2 + role) * 3
+    tl.store(at, tl.sum(differences.to(tl.float64)) / m)
     tl.store(at + 1, tl.sum(hinge))
     tl.store(at + 2, cov)
     finish_losses(
-        sums_ptr, 2 * B, ticket_ptr, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr,
+        sums_ptr, 4 * B, ticket_ptr, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr,
         inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr, k_inv, k_var, k_cov,
     )  # fmt: skip
 

@@ -187,23 +187,27 @@ def _match_forward_kernel(
 
 
 @triton.jit
-def _nearest_of_blocks(value_ptr, nearest_ptr, number, P, blocks):
-    """Of the blocks' nearest, (blocks, P) each, the nearest, the first of equal ones; infinity beyond P."""
-    best = tl.load(value_ptr + number, mask=number < P, other=float("inf"))
-    nearest = tl.load(nearest_ptr + number, mask=number < P, other=0)
-    for block in range(1, blocks):
-        at = block * P + number
-        value = tl.load(value_ptr + at, mask=number < P, other=float("inf"))
-        candidate = tl.load(nearest_ptr + at, mask=number < P, other=0)
-        nearest = tl.where(value < best, candidate, nearest)
+def _nearest_of_blocks(value_ptr, nearest_ptr, number, P, blocks, PARTS: tl.constexpr):
+    """Of the blocks' nearest, (blocks, P) each, the nearest, the first of equal ones; infinity beyond P.
+
+    PARTS blocks at a time: one after the other each would wait for the one before.
+    """
+    best = tl.full(number.shape, float("inf"), value_ptr.dtype.element_ty)
+    which = tl.zeros(number.shape, tl.int32)
+    for first in range(0, blocks, PARTS):
+        block = first + tl.arange(0, PARTS)
+        mask = (block < blocks)[:, None] & (number < P)[None, :]
+        values = tl.load(value_ptr + block[:, None] * P + number[None, :], mask=mask, other=float("inf"))
+        value, part = tl.min(values, 0, return_indices=True)
+        which = tl.where(value < best, first + part, which)
         best = tl.where(value < best, value, best)
-    return best, nearest
+    return best, tl.load(nearest_ptr + which * P + number, mask=number < P, other=0)
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2", "blocks"])
 def _select_forward_kernel(
     value_ptr, nearest_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, B, P1, P2, m1, m2, blocks,
-    BOTH: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr,
+    BOTH: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: the places of BLOCK patches of one group, direction and image among all of them.
 
@@ -227,11 +231,11 @@ def _select_forward_kernel(
         m = m2
         parts = blocks
     number = which * BLOCK + tl.arange(0, BLOCK)
-    value, nearest = _nearest_of_blocks(value_ptr + at, nearest_ptr + at, number, P, parts)
+    value, nearest = _nearest_of_blocks(value_ptr + at, nearest_ptr + at, number, P, parts, PARTS)
     place = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, P, BLOCK):
         numbers = start + tl.arange(0, BLOCK)
-        values, _ = _nearest_of_blocks(value_ptr + at, nearest_ptr + at, numbers, P, parts)
+        values, _ = _nearest_of_blocks(value_ptr + at, nearest_ptr + at, numbers, P, parts, PARTS)
         place += _before(value, number, values, numbers)
     chosen = (place < m) & (number < P)
     numbers_ptr = match_numbers(image // B, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)

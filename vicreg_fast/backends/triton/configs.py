@@ -51,10 +51,11 @@ class Matching(NamedTuple):
 
 
 class Local(NamedTuple):
-    """Columns at a time of a program of the local loss's forward pass."""
+    """Columns at a time of a program of the local loss's forward pass, and the registers that a thread may have."""
 
     columns: int
     warps: int = 4
+    registers: int = 255
 
 
 class LocalGradient(NamedTuple):
@@ -192,10 +193,11 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
         second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
         matching=_matching(stages, fp32, half),
-        # float64 squares of float32-accurate operands take registers.
+        # Programs wait for memory at every step: with 128 registers a thread four share a processor.  The float64 squares of
+        # float32-accurate operands take more.
         local={
-            name: (Row(32, ANY, Local(32, warps)), Row(ANY, ANY, Local(16, most)))
-            for name, warps, most in (("fp32", 8, 8), ("tf32", 4, 8), ("half", 4, 8))
+            name: (Row(32, ANY, Local(32, 4, registers)), Row(ANY, ANY, Local(16, 4)))
+            for name, registers in (("fp32", 255), ("tf32", 128), ("half", 128))
         },
         local_gradient=_local_gradient(fp32.warps),
     )
@@ -255,8 +257,8 @@ class Machine(NamedTuple):
     processors: int
 
 
-def launch_options(machine: Machine, warps: int, stages: int = 1) -> dict[str, Any]:
-    """Triton's options of every launch.
+def launch_options(machine: Machine, warps: int, stages: int = 1, registers: int = 255) -> dict[str, Any]:
+    """Triton's options of every launch; ``registers`` of a thread at most, for NVIDIA's.
 
     Multiply-add fusion is off whatever Triton's default.  Left alone, NVIDIA's assembler spills a few bytes to fit one more
     program on a processor (in 42 of 520 variants for compute capability 8.0); told that a thread may have 255 registers,
@@ -264,7 +266,7 @@ def launch_options(machine: Machine, warps: int, stages: int = 1) -> dict[str, A
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if machine.family.startswith("sm"):
-        options["maxnreg"] = 255
+        options["maxnreg"] = registers
     return options
 
 

@@ -13,8 +13,6 @@ from .launch import Products, block_of, by_direction
 
 # Matches that one program holds: more would not fit its registers.
 MOST_MATCHES = 64
-# Columns of both views that a program of the forward pass has in registers.
-_COLUMNS = 32
 
 
 def fits(plan: Plan, indices: Sequence[Tensor]) -> bool:
@@ -89,14 +87,14 @@ def terms(
     ticket = indices[-1]
     if len(indices) == len(plan.group_sizes):  # matched elsewhere
         ticket = torch.zeros(1, dtype=torch.int32, device=x.device)
-    sums = torch.empty(2, 2 * B, 3, dtype=torch.float64, device=x.device)
+    sums = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
-    kernels._local_forward_kernel[(4 * B,)](
+    kernels._local_forward_kernel[(8 * B,)](
         x, y, *matches.numbers, *_pointers(G, sums), sums, ticket, *outputs,
         B, D, matches.m1, matches.m2, plan.gamma, plan.eps, *matches.factors, *x.stride(), *y.stride(),
         DUAL=matches.dual, KEEP=plan.keep, ROUND=products.round, TYPE=products.language_type,
         PRECISION=products.dot, BLOCK_N=matches.block_n, BLOCK_D=matches.columns(config.columns), BLOCK_F=matches.block_f,
-        **launch_options(machine, config.warps),
+        **launch_options(machine, config.warps, registers=config.registers),
     )  # fmt: skip
     return [*outputs, *G]
 

@@ -12,8 +12,9 @@ from ..aten.matching import MAX_COORDINATES
 from .configs import Key, Machine, Matching, choose, launch_options
 from .launch import block_of, by_direction, products
 
-# Patches of a program of the selection; matches and channels of one of the distances.
-_SELECTED = 128
+# Patches of a program of the selection, and blocks whose nearest it reads at a time; matches and channels of one of the
+# distances.
+_SELECTED, _PARTS = 128, 8
 _MEASURED, _CHANNELS = 16, 64
 
 
@@ -82,7 +83,7 @@ def match(
         programs = -(-P1 // _SELECTED) + (-(-P2 // _SELECTED) if both else 0)
         kernels._select_forward_kernel[(groups * B * programs,)](
             value, nearest, *numbers, B, P1, P2, m1, m2, blocks,
-            BOTH=both, ACROSS=across, BLOCK=_SELECTED, **launch_options(machine, warps=8),
+            BOTH=both, ACROSS=across, BLOCK=_SELECTED, PARTS=_PARTS, **launch_options(machine, warps=8),
         )  # fmt: skip
         if match_order == "patch":
             for views in found:
