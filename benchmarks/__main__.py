@@ -1,16 +1,48 @@
-"""``python -m benchmarks``: the kernels measured on a GPU, and what can be known of them without one."""
+"""``python -m benchmarks``: measure, report, and what can be known of the kernels without a GPU."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Speed and memory: pytest benchmarks."
+        prog="python -m benchmarks", description="Speed and memory of VICReg losses: docs/benchmarks.md."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="time every provider of every shape and write a JSON file",
+        description="Time forward and backward of every loss and of patch matching, on the same inputs in one run: by "
+        "eager code, torch.compile, ATen, Triton (called from Python, and replayed as CUDA graphs) and the libraries "
+        "that are installed. Whoever is wrong gets no time. A run that was stopped is continued by the same command.",
+        epilog="exit status: 0 where every provider that ran was right, whatever its speed; 1 where one was wrong or "
+        "raised; 2 for a bad argument; 130 after Ctrl-C, which keeps the shapes that are done",
+    )
+    run.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    run.add_argument(
+        "--suite", metavar="NAMES", help="vicreg, vicregl, matching, distributed; some, with commas between"
+    )
+    run.add_argument("--shape", nargs="+", metavar="NAME", help="these shapes (default: those of the device)")
+    run.add_argument(
+        "--provider", nargs="+", metavar="NAME", help="these providers, as 'eager' or 'ours as lightly'"
+    )
+    run.add_argument("--quick", action="store_true", help="a shape of each kind, few repetitions: a minute")
+    run.add_argument("--fresh", action="store_true", help="begin anew where a run was stopped")
+    run.add_argument("--out", metavar="DIR", help="folder of the file (default: benchmarks/results)")
+    report = commands.add_parser(
+        "report",
+        help="a Markdown page and figures from result files",
+        description="Write a page and its figures, light and dark. Several files are shown beside each other.",
+        epilog="exit status: 0; 2 for a file that cannot be used",
+    )
+    report.add_argument("files", nargs="*", metavar="FILE", help="(default: the latest in benchmarks/results)")
+    report.add_argument(
+        "--compare", action="store_true", help="hold the files against each other, shape by shape"
+    )
+    report.add_argument("--out", metavar="DIR", help="folder of the page (default: benchmark-report)")
+    report.add_argument("--readme", action="store_true", help="write README.md's tables and figure instead")
     resources = commands.add_parser(
         "resources",
         help="compile every kernel for a GPU that need not be there",
@@ -19,37 +51,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
     resources.add_argument("--target", choices=targets, default="cuda:90", help="(default: %(default)s)")
     resources.add_argument("--every", type=int, default=1, metavar="N", help="compile one variant of N only")
-    measure = commands.add_parser(
-        "run",
-        help="time forward and backward of every provider and write a JSON file",
-        description="Time VICReg's forward and backward by eager code, torch.compile, ATen and Triton, called from "
-        "Python and replayed as CUDA graphs, on the same inputs in one run. Providers that are wrong get no time. "
-        "Writes a JSON file (benchmarks/results/README.md) and prints a table.",
-        epilog="exit status: 0 where every provider that ran was right, whatever its speed; 1 where one was wrong or "
-        "raised; 2 for a bad argument or where the file is there already; 130 after Ctrl-C, which keeps the "
-        "shapes that are done",
-    )
-    measure.add_argument("--device", default="cuda", metavar="NAME", help="cuda, cuda:1 or, to try the benchmark "
-                         "itself, cpu: eager code and ATen on small shapes (default: %(default)s)")  # fmt: skip
-    measure.add_argument("--shape", nargs="+", metavar="NAME", help="shapes to measure (default: all)")
-    measure.add_argument("--quick", action="store_true", help="fewer repetitions")
-    measure.add_argument("--out", metavar="DIR", help="folder of the file (default: benchmarks/results)")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "run":
-        from . import run
+    return parser, {"run": run, "report": report, "resources": resources}
 
-        words = sys.argv[1:] if argv is None else argv
-        chosen = (arguments.device, arguments.shape, arguments.quick, arguments.out)
-        try:
-            return run.run(*chosen, command=" ".join(("python -m benchmarks", *words)))
-        except run.RefusedError as error:
-            measure.error(str(error))
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser, commands = _parser()
+    arguments = parser.parse_args(argv)
+    command = commands[arguments.command]
+    if arguments.command == "resources":
+        return _resources(arguments, command)
+    try:
+        from . import page, run
+        from .results import RefusedError
+    except ImportError as error:
+        command.error(f"{error}; pip install -e '.[benchmarks]'")
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if arguments.command == "report":
+            return page.write(arguments.files, arguments.compare, arguments.out, arguments.readme)
+        suites = [name.strip() for name in arguments.suite.split(",")] if arguments.suite else None
+        options = run.Options(
+            arguments.device, suites, arguments.shape, arguments.provider, arguments.quick, arguments.fresh,
+            arguments.out, f"python -m benchmarks {shlex.join(words)}",
+        )  # fmt: skip
+        return run.run(options)
+    except RefusedError as error:
+        command.error(str(error))
+
+
+def _resources(arguments: argparse.Namespace, command: argparse.ArgumentParser) -> int:
     if arguments.every < 1:
-        parser.error(f"--every needs at least 1, got {arguments.every}")
+        command.error(f"--every needs at least 1, got {arguments.every}")
     try:
         from .resources import report
     except ImportError as error:
-        parser.error(f"Triton is needed: {error}")
+        command.error(f"Triton is needed: {error}")
     return 1 if report(arguments.target, arguments.every) else 0
 
 

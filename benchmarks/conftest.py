@@ -1,24 +1,26 @@
-"""Collects the benchmark's rows and prints them as the table that the README shows."""
-
-import platform
+"""``pytest benchmarks``: which device, and the table of memory at the end."""
 
 import pytest
 import torch
 
-SpeedRows = list[tuple[str, float, float, float | None]]  # name, eager and our seconds, speed-up asked for
+from . import machine, report
+
 MemoryRows = list[tuple[str, int | None, int, int]]  # name, eager's and our bytes, bytes allowed
-_SPEED = pytest.StashKey[SpeedRows]()
 _MEMORY = pytest.StashKey[MemoryRows]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--device", default=default, help="device of test_speed.py (default: %(default)s)")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SPEED] = []
     config.stash[_MEMORY] = []
-
-
-@pytest.fixture
-def speed_table(request: pytest.FixtureRequest) -> SpeedRows:
-    return request.config.stash[_SPEED]
+    device = config.getoption("--device")
+    there = machine.devices()
+    if device not in there and f"{device}:0" not in there:
+        raise pytest.UsageError(f"no device {device!r} here, only {', '.join(there)}")
 
 
 @pytest.fixture
@@ -27,38 +29,15 @@ def memory_table(request: pytest.FixtureRequest) -> MemoryRows:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    speed, memory = config.stash[_SPEED], config.stash[_MEMORY]
-    write = terminalreporter.write_line
-    if speed or memory:
-        write("")
-        write(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, medians")
-    if speed:
-        write("")
-        write("| loss, forward and backward | eager | vicreg_fast | faster | asked |")
-        write("|---|---|---|---|---|")
-        for name, theirs, ours, target in speed:
-            asked = "" if target is None else f"{target:g}x" + (" **missed**" if theirs / ours < target else "")
-            write(f"| {name} | {_duration(theirs)} | {_duration(ours)} | {theirs / ours:.2f}x | {asked} |")
-    if memory:
-        write("")
-        write("| peak memory beyond inputs and gradients | vicreg_fast | allowed | eager | less |")
-        write("|---|---|---|---|---|")
-        for name, eager_bytes, ours, allowed in memory:
-            eager = "| |" if eager_bytes is None else f"{_size(eager_bytes)} | {eager_bytes / ours:.1f}x |"
-            write(f"| {name} | {_size(ours)} | {_size(allowed)} | {eager}")
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    rows = [
+        [
+            name,
+            report.size(ours),
+            report.size(allowed),
+            *(("", "") if eager is None else (report.size(eager), f"{eager / ours:.1f}x")),
+        ]
+        for name, eager, ours, allowed in config.stash[_MEMORY]
+    ]
+    if rows:
+        header = ["peak memory beyond inputs and gradients", "vicreg_fast", "allowed", "eager", "less"]
+        terminalreporter.write_line("\n" + report.markdown(header, rows))

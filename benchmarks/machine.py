@@ -1,5 +1,6 @@
 """What a result was measured on: device, versions, clocks, commit."""
 
+import hashlib
 import platform
 import re
 import subprocess
@@ -114,11 +115,15 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout, and whether it has changes; null, and the ``reason``, outside of a checkout."""
+    """The commit of the checkout, and whether it has changes and which, as a hash; null, and the ``reason``, outside of a
+    checkout."""
     git = ("git", "-C", str(ROOT))
     try:
         head = _output(*git, "rev-parse", "--short=12", "HEAD").strip()
-        dirty = bool(_output(*git, "status", "--porcelain", "--", ".", _RESULTS).strip())
-        return {"commit": head, "dirty": dirty, "reason": None}
+        # Files that git does not know are named, not read.
+        changes = _output(*git, "status", "--porcelain", "--", ".", _RESULTS).strip()
+        changes += _output(*git, "diff", "HEAD", "--", ".", _RESULTS).strip()
+        digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
+        return {"commit": head, "dirty": bool(changes), "changes": digest, "reason": None}
     except OSError as error:
-        return {"commit": None, "dirty": None, "reason": str(error)}
+        return {"commit": None, "dirty": None, "changes": None, "reason": str(error)}

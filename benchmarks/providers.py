@@ -1,123 +1,72 @@
-"""The shapes that ``python -m benchmarks run`` measures, who computes the loss of each, and who is right."""
+"""Who computes a case, under which definition, and who is right: a provider that is wrong gets no time."""
 
+import functools
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vicreg_fast import VICRegLoss, backends, reference
+from vicreg_fast import VICRegLLoss, VICRegLoss, backends, functional, reference
 
-Losses = Callable[[Tensor, Tensor], dict[str, Tensor]]
-Inputs = tuple[Tensor, Tensor]
+from . import libraries
+from .cases import Case, Inputs, Local, Matching
+from .libraries import Definition
+
+Losses = Callable[..., dict[str, Tensor]]  # from a case's inputs; "loss" is what is differentiated
 Gradients = dict[str, tuple[Tensor, ...]]
 
 PROVIDERS = {
     "eager": "vicreg_fast/reference.py on the tensors as they are: bfloat16 tensors multiply in bfloat16, float32 ones "
-    "in float32 or, at precision high, in TF32",
+    "in float32 or, at precision high, in TF32; patches are compared by exact differences, in float32 at least",
     "compile": "torch.compile of the same, dynamic=False, default mode",
-    "aten": "VICRegLoss(backend='aten')",
-    "triton": "VICRegLoss(backend='triton')",
+    "cdist": "the same with torch.cdist's default, a matrix product; matching: cdist, min and topk",
+    "bmm": "matching: norms and torch.bmm, min and topk",
+    "aten": "vicreg_fast with backend='aten'",
+    "triton": "vicreg_fast with backend='triton'",
 }
-# Of the drop-in: VICRegLoss's defaults.
-_WEIGHTS = (25.0, 15.0, 1.0)
-# What an error may be, relative to the size of the result, before a provider gets no time.  Seen on the shapes below
-# (fewer rows at 64 features), on a CPU that rounds as a GPU does, of values and gradients:
+LIBRARIES = tuple(dict.fromkeys([*libraries.VICREG, *libraries.VICREGL]))
+OURS = ("triton", "aten")  # whose time is ours: of the first that has one
+DROP_IN = Definition(25.0, 15.0, 1.0, 0.0)  # VICRegLoss's and VICRegLLoss's defaults
+# What an error may be, relative to the size of the result, before a provider gets no time.  Seen on the shapes of
+# cases.py (fewer rows at 64 features), on a CPU that rounds as a GPU does, of values and gradients:
 #   highest  float32: at most 4e-7.  TF32 operands: 5e-5 and more, so that TF32 in its stead is refused.
 #   high     TF32 operands truncated, as cuBLAS takes them: 1.7e-3; rounded to nearest: 2e-4.
 #   bf16     eager code: 7e-3.  On a GPU split sums may be rounded to bfloat16 as well.  A tile that nobody wrote, one
 #            of 272 at 2048 x 2048, is 6e-2 of a gradient.
-_BOUNDS = {"highest": 2e-5, "high": 4e-3, "bf16": 3e-2}
-_JUDGED = (
-    "loss",
-    "cov-loss",
-)  # whose gradients: beside the others the covariance's alone could be lost in the sum
+BOUNDS = {"highest": 2e-5, "high": 4e-3, "bf16": 3e-2, "fp16": 4e-3}
+# Beside the other terms the covariance's gradient could be lost in the sum: it is judged alone too.
+_JUDGED = ("loss", "cov-loss")
 
 
-class Targets(NamedTuple):
-    """How many times as fast as each provider Triton is asked to be, and its asked share of the floor; None: not."""
+class Provider(NamedTuple):
+    """Who computes a case, or the ``reason`` why nobody does; ``definition``: of which loss."""
 
-    eager: float | None = None
-    compile: float | None = None
-    aten: float | None = None
-    floor: float | None = None
-
-
-_NO_SLOWER = Targets(aten=1.0)
+    losses: Losses | None
+    reason: str | None = None
+    definition: Definition = DROP_IN
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Two views (N, D) of float32 at precision "highest" or "high", or of bfloat16 ("bf16")."""
-
-    N: int
-    D: int
-    products: str
-    targets: Targets = _NO_SLOWER
-
-    @property
-    def name(self) -> str:
-        """As ``--shape`` takes it."""
-        return f"{self.N}x{self.D}-{self.products}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of both views."""
-        return torch.bfloat16 if self.products == "bf16" else torch.float32
-
-    @property
-    def precision(self) -> str | None:
-        """As the losses take it; None: the inputs' own type decides."""
-        return None if self.products == "bf16" else self.products
-
-    @property
-    def bound(self) -> float:
-        """Largest relative error of a provider that gets a time."""
-        return _BOUNDS[self.products]
-
-    @property
-    def operations(self) -> int:
-        """Forward and backward of both views: half a Gram matrix of the smaller side, then a product with it."""
-        return 6 * self.N * self.D * min(self.N, self.D)
-
-    @property
-    def bytes(self) -> int:
-        """Six passes: forward reads both views, backward reads both and writes both gradients."""
-        return 6 * self.N * self.D * self.dtype.itemsize
-
-    def inputs(self, seed: int, device: torch.device) -> Inputs:
-        """Two views, the second a noisy copy of the first; features correlate and have means, as embeddings do."""
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        factors = 16
-        mixing = 0.4 / math.sqrt(factors) * normal(factors, self.D)
-        x = normal(self.N, self.D).mul_(0.5).addmm_(normal(self.N, factors), mixing).add_(0.3 * normal(self.D))
-        y = normal(self.N, self.D).mul_(0.1).add_(x)
-        return x.to(self.dtype).requires_grad_(), y.to(self.dtype).requires_grad_()
+def names() -> list[str]:
+    """What ``--provider`` takes."""
+    return [*PROVIDERS, *LIBRARIES, *(f"ours as {library}" for library in LIBRARIES)]
 
 
-SHAPES = (
-    Shape(256, 8192, "highest", Targets(60, 25, 1.5, 0.40)),
-    Shape(256, 8192, "high", Targets(40, 20, 1.5, 0.35)),
-    Shape(2048, 8192, "bf16", Targets(6, 5, 1.2, 0.60)),
-    Shape(2048, 8192, "high", Targets(8, 6, 1.2, 0.65)),
-    Shape(6528, 512, "bf16", Targets(4, 2.5, 1.5, 0.50)),
-    Shape(2_600_000, 64, "bf16", Targets(5, 2, 2, 0.70)),
-    # Never slower than ATen, small or not.
-    Shape(64, 2048, "high"),
-    Shape(256, 2048, "high"),
-    Shape(512, 4096, "high"),
-    Shape(2048, 2048, "high"),
-    Shape(2048, 512, "high"),
-    Shape(8192, 256, "high"),
-    Shape(64, 64, "high"),
-)
+def names_of(case: Case) -> list[str]:
+    """Those that may compute a case."""
+    more = ["cdist", "bmm"] if isinstance(case, Matching) else ["cdist"] if isinstance(case, Local) else []
+    found = {Matching: (), Local: libraries.VICREGL}.get(type(case), libraries.VICREG)
+    return [
+        "eager",
+        "compile",
+        *more,
+        "aten",
+        "triton",
+        *(n for name in found for n in (name, f"ours as {name}")),
+    ]
 
 
 @contextmanager
@@ -140,75 +89,241 @@ def products_of(precision: str | None, device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def eager(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _weighed(terms: Sequence[reference.VICRegTerms], definition: Definition) -> dict[str, Tensor]:
+    """The mean of several losses' terms, weighted, and their sum."""
+    weights = (definition.inv_coeff, definition.var_coeff, definition.cov_coeff)
+    parts = [w * sum(term) / len(terms) for w, term in zip(weights, zip(*terms, strict=True), strict=True)]
+    return {**dict(zip(("inv-loss", "var-loss", "cov-loss"), parts, strict=True)), "loss": sum(parts)}
+
+
+def eager(x: Tensor, y: Tensor, definition: Definition = DROP_IN) -> dict[str, Tensor]:
     """The published code: no upcast, unlike ``backend="reference"``, which is there to be right."""
-    inv, var, cov = (w * t for w, t in zip(_WEIGHTS, reference.vicreg_terms(x, y), strict=True))
-    return {"inv-loss": inv, "var-loss": var, "cov-loss": cov, "loss": inv + var + cov}
+    return _weighed([reference.vicreg_terms(x, y, 1.0, definition.eps)], definition)
 
 
-def _eager_sum(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def eager_local(
+    case: Local,
+    distances: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *locations: Tensor,
+    definition: Definition = DROP_IN,
+) -> dict[str, Tensor]:
+    """VICRegL's local part in eager code; patches are compared in float32 at least, as autocast does."""
+    wide = [z.detach().float() if z.dtype.itemsize < 4 else z.detach() for z in (x, y)]
+    order, statistics = definition.match_order, definition.statistics
+    terms = []
+    for a, b in (locations, wide):
+        for first, second, maps, m in ((a, b, (x, y), case.counts[0]), (b, a, (y, x), case.counts[1])):
+            matches = reference.select(distances(first, second), m, order)
+            terms.append(reference.matched_terms(*maps, matches, 1.0, definition.eps, statistics))
+    return _weighed(terms, definition)
+
+
+def _cdist(queries: Tensor, candidates: Tensor) -> Tensor:
+    return torch.cdist(queries.float(), candidates.float())
+
+
+def _squares(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Squared distances but for the queries' own norms; 16-bit products, whose sums are wanted in float32, are so."""
+    product = torch.bmm(queries.float(), candidates.float().mT)
+    return candidates.float().square().sum(-1)[:, None, :] - 2 * product
+
+
+def _nearest(
+    case: Matching, distances: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Matches by a matrix of distances: its row minima, and the least of them."""
+    d, candidate = distances(x, y).min(-1)
+    if distances is _squares:
+        d = (d + x.float().square().sum(-1)).clamp(min=0).sqrt()
+    m = case.matches or x.shape[1]
+    distance, query = d.topk(m, dim=-1, largest=False, sorted=True)
+    return {"query": query, "candidate": candidate.gather(-1, query), "distance": distance}
+
+
+def _exact_distances(queries: Tensor, candidates: Tensor) -> Tensor:
+    return reference.distances(queries.float(), candidates.float())
+
+
+def _matched(case: Matching, backend: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    query, candidate, distance = functional.match_patches(x, y, case.matches, backend=backend)
+    return {"query": query, "candidate": candidate, "distance": distance}
+
+
+def eager_of(case: Case, definition: Definition) -> Losses:
+    """The reference of a case."""
+    if isinstance(case, Local):
+        return functools.partial(eager_local, case, reference.distances, definition=definition)
+    if isinstance(case, Matching):
+        return functools.partial(_nearest, case, _exact_distances)
+    return functools.partial(eager, definition=definition)
+
+
+def ours_of(case: Case, backend: str, definition: Definition) -> Losses:
+    """vicreg_fast on a backend."""
+    weights = (definition.inv_coeff, definition.var_coeff, definition.cov_coeff)
+    options: dict[str, Any] = {"eps": definition.eps, "backend": backend, "precision": case.precision}
+    if isinstance(case, Matching):
+        return functools.partial(_matched, case, backend)
+    if isinstance(case, Local):
+        local = VICRegLLoss(
+            case.counts, 0.0, *weights, statistics=definition.statistics, match_order=definition.match_order, **options
+        )  # fmt: skip
+        return lambda x, y, a, b: dict(local(x, y, None, None, a, b))
+    loss = VICRegLoss(*weights, **options)
+    return lambda x, y: dict(loss(x, y))
+
+
+def definition_of(case: Case) -> Definition:
+    """Of all providers but other libraries."""
+    if isinstance(case, Local):
+        return DROP_IN._replace(statistics=case.statistics, match_order=case.match_order)
+    return DROP_IN
+
+
+def _sum_alone(losses: Losses) -> Losses:
     # Compiled backward passes take a gradient of every output, zeros where nobody asks: no output but the sum.
-    return {"loss": eager(x, y)["loss"]}
+    return lambda *inputs: {"loss": losses(*inputs)["loss"]}
 
 
-def providers(shape: Shape, device: torch.device) -> dict[str, Losses | str]:
-    """By name, what computes the losses by name from two views, or why nothing does."""
-    found: dict[str, Losses | str] = {"eager": eager}
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        found["compile"] = "not timed on a CPU"
-    else:
-        # Compiled anew for each shape, as a user with one shape has it: Dynamo gives up after eight recompilations.
-        torch.compiler.reset()
-        found["compile"] = torch.compile(_eager_sum, dynamic=False)
+def _compiled(case: Case, device: torch.device, named: bool) -> Provider:
+    if not (case.compiled or named):
+        return Provider(None, "compiled at other shapes only, or where --provider names it")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return Provider(None, "Inductor needs Triton")
+    # Compiled anew for each shape, as a user with one shape has it: Dynamo gives up after eight recompilations.
+    torch.compiler.reset()
+    losses = eager_of(case, definition_of(case))
+    return Provider(torch.compile(losses if isinstance(case, Matching) else _sum_alone(losses), dynamic=False))
+
+
+def ours(case: Case, backend: str, device: torch.device, definition: Definition) -> Provider:
+    try:
+        chosen = backends.choose(backend, device, (case.dtype,))
+    except ValueError as error:
+        return Provider(None, str(error), definition)
+    if chosen == "triton" and device.type == "cpu":
+        return Provider(None, "Triton's interpreter is not timed", definition)
+    return Provider(ours_of(case, chosen, definition), None, definition)
+
+
+def _libraries(case: Case, device: torch.device) -> Iterator[tuple[str, Provider]]:
+    """Other libraries, each beside ours under the same definition."""
+    if isinstance(case, Matching):
+        return
+    local = isinstance(case, Local)
+    for name, library in (libraries.VICREGL if local else libraries.VICREG).items():
+        definition = library.definition
+        same = (definition.statistics, definition.match_order)
+        if isinstance(case, Local) and (case.statistics, case.match_order) != same:
+            continue  # another loss: its own case has its statistics
+        found = libraries.find(library, *([case.counts] if isinstance(case, Local) else []))
+        if isinstance(found, str):
+            yield name, Provider(None, found, definition)
+        else:
+            yield name, Provider(found, None, definition)
+            yield f"ours as {name}", ours(case, "auto", device, definition)
+
+
+def providers(
+    case: Case, device: torch.device, wanted: Sequence[str] | None = None
+) -> Iterator[tuple[str, Provider]]:
+    """By name, who computes a case; ``wanted``: these alone."""
+    definition = definition_of(case)
+    makers: dict[str, Callable[[], Provider]] = {
+        "eager": lambda: Provider(eager_of(case, definition)),
+        "compile": lambda: _compiled(case, device, wanted is not None and "compile" in wanted),
+    }
+    if isinstance(case, Local):
+        published = functools.partial(eager_local, case, _cdist, definition=definition)
+        makers["cdist"] = lambda: Provider(published)
+    elif isinstance(case, Matching):
+        makers["cdist"] = lambda: Provider(functools.partial(_nearest, case, _cdist))
+        makers["bmm"] = lambda: Provider(functools.partial(_nearest, case, _squares))
     for backend in ("aten", "triton"):
-        try:
-            backends.choose(backend, device, (shape.dtype,))
-            found[backend] = VICRegLoss(*_WEIGHTS, backend=backend, precision=shape.precision)
-            if backend == "triton" and on_cpu:
-                found[backend] = "Triton's interpreter is not timed"
-        except ValueError as error:
-            found[backend] = str(error)
-    return found
+        makers[backend] = functools.partial(ours, case, backend, device, definition)
+    for name, make in makers.items():
+        if wanted is None or name in wanted:
+            yield name, make()._replace(definition=definition)
+    if wanted is None or any(name not in PROVIDERS for name in wanted):
+        for name, provider in _libraries(case, device):
+            if wanted is None or name in wanted:
+                yield name, provider
 
 
 class Evaluation(NamedTuple):
-    """Losses by name, and gradients of two of them with respect to both views."""
+    """What is judged: values by name, and gradients by name with respect to the inputs that need one."""
 
     values: dict[str, Tensor]
     gradients: Gradients
 
 
-def evaluate(losses: Losses, inputs: Inputs) -> Evaluation:
+def differentiated(inputs: Inputs) -> Inputs:
+    """The inputs that need a gradient."""
+    return tuple(z for z in inputs if z.requires_grad)
+
+
+def values_of(case: Case, results: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Losses; of matches the distances that were returned, and those in float64 of the patches that were chosen.
+
+    Not the numbers: where two candidates are equally near up to rounding, either is right.
+    """
+    if not isinstance(case, Matching):
+        return {name: value.detach() for name, value in results.items()}
+    x, y = (
+        reference.gather_rows(z.double(), results[name])
+        for z, name in zip(inputs, ("query", "candidate"), strict=True)
+    )
+    return {"distance": results["distance"], "distance of the chosen": (x - y).square().sum(-1).sqrt()}
+
+
+def _as_one_loss(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Terms of the losses by location and by feature as those of their mean, which eager code has."""
+    if "location/loss" not in results:
+        return results
+    terms = ("inv-loss", "var-loss", "cov-loss")
+    means = {term: (results[f"location/{term}"] + results[f"feature/{term}"]) / 2 for term in terms}
+    return {**means, "loss": results["loss"]}
+
+
+def evaluate(case: Case, losses: Losses, inputs: Inputs) -> Evaluation:
     """What a provider finds, in memory that was full of NaN: an element that it leaves unwritten is seen."""
     full_of_nan = [torch.full_like(z, math.nan) for z in 2 * inputs]
     del full_of_nan
-    values = losses(*inputs)
-    judged = [name for name in _JUDGED if name in values]
+    results = _as_one_loss(losses(*inputs))
+    wanted = differentiated(inputs)
+    judged = [name for name in _JUDGED if name in results and wanted]
     gradients = {
-        name: torch.autograd.grad(values[name], inputs, retain_graph=name != judged[-1]) for name in judged
+        name: torch.autograd.grad(results[name], wanted, retain_graph=name != judged[-1]) for name in judged
     }
-    return Evaluation({name: value.detach() for name, value in values.items()}, gradients)
+    return Evaluation(values_of(case, results, inputs), gradients)
 
 
-def truth(inputs: Inputs) -> Evaluation:
+def truth(case: Case, definition: Definition, inputs: Inputs) -> Evaluation:
     """The definition in float64, its gradients kept in float32: 6e-8 beside bounds of 2e-5 and more."""
-    x, y = (z.detach().double().requires_grad_() for z in inputs)
-    values, gradients = evaluate(eager, (x, y))
-    return Evaluation(values, {name: tuple(g.float() for g in both) for name, both in gradients.items()})
+    wide = tuple(z.detach().double().requires_grad_(z.requires_grad) for z in inputs)
+    if isinstance(case, Matching):
+        d = reference.distances(*wide).min(-1).values.sort(-1).values[:, : case.matches]
+        return Evaluation({"distance": d, "distance of the chosen": d}, {})
+    values, gradients = evaluate(case, eager_of(case, definition), wide)
+    return Evaluation(values, {name: tuple(g.float() for g in all_) for name, all_ in gradients.items()})
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of tensors that belong together, relative to their size."""
+    error = sum(float((f.double() - e).square().sum()) for f, e in zip(found, exact, strict=True))
+    size = sum(float(e.double().square().sum()) for e in exact)
+    if size > 0:
+        return math.sqrt(error / size)
+    return 0.0 if error == 0 else math.inf
 
 
 def errors(found: Evaluation, true: Evaluation) -> dict[str, float]:
-    """Relative error of every value, and of every gradient by its Euclidean norm, both views together."""
-    relative = {
-        name: float((value.double() / true.values[name] - 1).abs()) for name, value in found.values.items()
-    }
+    """Relative error of every value and of every gradient, all inputs together, by the Euclidean norm."""
+    relative = {name: _distance([value], [true.values[name]]) for name, value in found.values.items()}
     for name, gradients in found.gradients.items():
-        error = size = 0.0
-        for gradient, exact in zip(gradients, true.gradients[name], strict=True):
-            error += float((gradient.double() - exact).square().sum())
-            size += float(exact.double().square().sum())
-        relative[f"gradient of {name}"] = math.sqrt(error / size) if size > 0 else math.inf
+        relative[f"gradient of {name}"] = _distance(gradients, true.gradients[name])
     return relative
 
 

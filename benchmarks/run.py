@@ -1,109 +1,90 @@
-"""``python -m benchmarks run``: VICReg's forward and backward on a GPU, by every provider, into a JSON file.
+"""``python -m benchmarks run``: every provider of every shape, timed on one device, into a JSON file.
 
-What is measured stands in ``providers.py``, how in ``timing.py``; ``results/README.md`` says what the file holds.
+What is measured stands in ``cases.py``, by whom in ``providers.py``, how in ``timing.py``; ``docs/benchmarks.md`` says
+how to read it.
 """
 
-import json
-import math
-import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from . import machine, providers, report, timing
+from . import distributed, libraries, machine, providers, records, report, results, timing
+from .cases import CASES, QUICK, SUITES, Case, Distributed
 from .memory import tensor_bytes
-from .providers import SHAPES, Shape
+from .results import RefusedError
 from .timing import Bench, Effort, Times
 
-SCHEMA, VERSION = "vicreg_fast.benchmark", 1
-RESULTS = Path(__file__).resolve().parent / "results"
-_PARTS = ("forward", "backward", "both")
-_SMALL = 1 << 21  # elements of a view that a CPU measures without being asked: seconds a shape
-_FAILED = ("wrong", "error")  # what makes the exit status 1; no memory and no such provider do not
+# Seconds that a run of all shapes may take, and a quick one: eight minutes and one, and some to start and to end.
+_BUDGET, _QUICK_BUDGET = 440.0, 45.0
+_TIMED = (
+    0.5  # the share that is timed; the rest is spent on inputs, the float64 truth, compilation and the gate
+)
 
 
-class RefusedError(ValueError):
-    """An argument that cannot be met; the message names it and what there is."""
+class Options(NamedTuple):
+    """What ``python -m benchmarks run`` was asked for; None: all that the device has."""
+
+    device: str | None = None
+    suites: Sequence[str] | None = None
+    shapes: Sequence[str] | None = None
+    providers: Sequence[str] | None = None
+    quick: bool = False
+    fresh: bool = False
+    out: str | None = None
+    command: str = ""
 
 
-@contextmanager
-def recorded(entry: dict[str, Any]) -> Iterator[None]:
-    """Write down what is raised, and go on."""
-    try:
-        yield
-    except Exception as error:
-        memory = _for_memory(error)
-        words = str(error).strip().partition("\n")[0]
-        entry["status"] = "out of memory" if memory else "error"
-        entry["reason"] = words if memory else f"{type(error).__name__}: {words}"
-
-
-def _for_memory(error: BaseException | None) -> bool:
-    # A capture that runs out of memory fails a second time where it ends.
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        error = error.__context__
-    return False
-
-
-def measure(shape: Shape, case: dict[str, Any], bench: Bench, effort: Effort) -> None:
-    """Gate and time every provider of a shape; fills ``case``."""
+def measure(
+    case: Case, record: dict[str, Any], bench: Bench, effort: Effort, wanted: Sequence[str] | None = None
+) -> None:
+    """Gate and time every provider of a case; fills ``record``."""
     bench.free()
-    inputs = [shape.inputs(0, bench.device)]
-    inputs += [shape.inputs(seed, bench.device) for seed in range(1, bench.sets(tensor_bytes(*inputs[0])))]
-    true = providers.truth(inputs[0])
-    bench.free()
+    inputs = [case.inputs(0, bench.device)]
+    inputs += [case.inputs(seed, bench.device) for seed in range(1, bench.sets(tensor_bytes(*inputs[0])))]
+    truths: dict[Any, providers.Evaluation] = {}
     steps: dict[str, list[timing.Step]] = {}
-    for name, losses in providers.providers(shape, bench.device).items():
-        entry: dict[str, Any] = {"status": "right", "reason": None, "errors": None, "peak_bytes": None}
-        case["providers"][name] = entry
-        entry["modes"] = {}
-        if isinstance(losses, str):
-            entry.update(status="unavailable", reason=losses)
+    for name, provider in providers.providers(case, bench.device, wanted):
+        entry = record["providers"][name] = records.provider_entry(provider)
+        if provider.losses is None:
             continue
-        with recorded(entry):
-            found = providers.errors(providers.evaluate(losses, inputs[0]), true)
-            entry["errors"] = {what: error if math.isfinite(error) else None for what, error in found.items()}
-            if reason := providers.wrong(found, shape.bound):
-                entry.update(status="wrong", reason=reason)
+        if provider.definition not in truths:
+            truths[provider.definition] = providers.truth(case, provider.definition, inputs[0])
+            bench.free()
+        with records.recorded(entry):
+            found = providers.evaluate(case, provider.losses, inputs[0])
+            if not records.judged(entry, providers.errors(found, truths[provider.definition]), record["bound"]):
                 continue
-            ready = [timing.Step(losses, views) for views in inputs]
+            del found
+            ready = [timing.Step(provider.losses, tensors) for tensors in inputs]
             peak = bench.peak_bytes(ready[0].both) - tensor_bytes(*ready[0].gradients)
             ready[0].clear()
             entry["peak_bytes"] = peak
             steps[name] = ready
     runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
-    _timed("launch", runs, case, bench, effort)
+    _timed("launch", runs, record, bench, effort)
     if bench.on_gpu:
         # Launches first: a capture empties the cache of memory that they draw on.
         graphs: dict[str, list[timing.Graphs]] = {}
         for name, ready in steps.items():
-            entry = _mode("graph", case, name)
-            with recorded(entry), timing.collected():
-                graphs[name] = _captured(ready, true, shape, bench, entry)
+            mode = records.mode_entry("graph", record["providers"][name])
+            true = truths[libraries.Definition(**record["providers"][name]["definition"])]
+            with records.recorded(mode), timing.collected():
+                graphs[name] = _captured(case, ready, true, record["bound"], bench, mode)
         runs = {name: timing.replayed(bench, captured) for name, captured in graphs.items() if captured}
-        _timed("graph", runs, case, bench, effort)
-
-
-def _mode(mode: str, case: dict[str, Any], name: str) -> dict[str, Any]:
-    entry: dict[str, Any] = case["providers"][name]["modes"].setdefault(mode, {})
-    for key in ("status", "reason", "rounds", *_PARTS, "host"):
-        entry.setdefault(key, None)
-    return entry
+        _timed("graph", runs, record, bench, effort)
 
 
 def _captured(
+    case: Case,
     steps: Sequence[timing.Step],
     true: providers.Evaluation,
-    shape: Shape,
+    bound: float,
     bench: Bench,
     entry: dict[str, Any],
 ) -> list[timing.Graphs]:
@@ -113,9 +94,11 @@ def _captured(
     for number, step in enumerate(steps):
         graphs = timing.Graphs(step, pool, bench.stream)
         if number == 0:
-            for loss, gradients in graphs.replayed():
-                found = providers.Evaluation({"loss": loss}, {"loss": gradients})
-                if reason := providers.wrong(providers.errors(found, true), shape.bound):
+            for outputs in graphs.replayed():
+                values = providers.values_of(case, outputs.results, step.inputs)
+                gradients = {"loss": outputs.gradients} if outputs.gradients else {}
+                found = providers.Evaluation(values, gradients)
+                if reason := providers.wrong(providers.errors(found, true), bound):
                     entry.update(status="wrong", reason=reason)
                     return []
         graphs.forget()
@@ -126,140 +109,152 @@ def _captured(
 def _timed(
     mode: str,
     runs: dict[str, Callable[[int], dict[str, Times]]],
-    case: dict[str, Any],
+    record: dict[str, Any],
     bench: Bench,
     effort: Effort,
 ) -> None:
     """Time what runs in a mode, interleaved, and write down the quantiles."""
 
     def attempt(name: str, call: timing.Call) -> bool:
-        entry = _mode(mode, case, name)
-        with recorded(entry):
+        entry = records.mode_entry(mode, record["providers"][name])
+        with records.recorded(entry):
             call()
         return entry["status"] is None
 
     for name, parts in timing.interleaved(runs, effort, attempt).items():
-        entry = _mode(mode, case, name)
-        entry.update(status="timed", rounds=len(parts["both"].device))
-        entry |= {part: timing.quantiles(parts[part].device) for part in _PARTS}
-        if bench.on_gpu:  # on a CPU it is the same time
-            entry["host"] = {part: timing.quantiles(parts[part].host) for part in _PARTS}
+        records.write_times(records.mode_entry(mode, record["providers"][name]), parts, bench.on_gpu)
 
 
-def _case(shape: Shape, ceilings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": shape.name,
-        "N": shape.N,
-        "D": shape.D,
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "precision": shape.precision,
-        "bound": shape.bound,
-        "status": "measured",
-        "reason": None,
-        "seconds": None,
-        "floor": report.floor(shape, ceilings),
-        "providers": {},
-        "targets": {},
-    }
-
-
-def _chosen(names: Sequence[str] | None, device: torch.device) -> list[Shape]:
-    if not names:
-        return [s for s in SHAPES if device.type == "cuda" or s.N * s.D < _SMALL]
-    known = {shape.name: shape for shape in SHAPES}
-    for name in names:
+def _known(kind: str, asked: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in asked or ():
         if name not in known:
-            raise RefusedError(f"no shape {name!r}; known are {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)]
+            raise RefusedError(f"no {kind} {name!r}; known are {', '.join(known)}")
 
 
-def _device(name: str) -> torch.device:
+def chosen(options: Options, device: str) -> list[Case]:
+    """The cases that were asked for: those named; else those of the device, in the suites that were named."""
+    _known("suite", options.suites, SUITES)
+    _known("shape", options.shapes, [case.name for case in CASES])
+    _known("provider", options.providers, providers.names())
+    if options.shapes:
+        found = [case for case in CASES if case.name in options.shapes]
+    elif options.quick:
+        found = [case for case in CASES if case.name in QUICK[device]]
+    else:
+        found = [case for case in CASES if device in case.devices]
+    found = [case for case in found if not options.suites or case.suite in options.suites]
+    if not found:
+        raise RefusedError(f"no shape of suite {', '.join(options.suites or ())} on {device} was asked for")
+    return found
+
+
+def _device(name: str | None) -> torch.device:
     there = machine.devices()
+    if name is None:
+        name = "cuda" if "cuda:0" in there else "cpu"
     full = name if name in there else f"{name}:0"
     if full not in there:
         raise RefusedError(f"no device {name!r} here, only {', '.join(there)}")
     return torch.device(full)
 
 
-def _reserve(folder: Path, date: datetime, device: str, commit: dict[str, Any]) -> Path:
-    """A new file for the result: never one that is there."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    state = (commit["commit"] or "unknown") + ("-dirty" if commit["dirty"] else "")
-    path = folder / f"{slug}-{date:%Y-%m-%d}-{state}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.open("x").close()
-    except FileExistsError as error:
-        raise RefusedError(
-            f"{path} is there already; move it away, or give another folder with --out"
-        ) from error
-    except OSError as error:
-        raise RefusedError(f"cannot write {path}: {error.strerror}") from error
-    return path
+def _begun(options: Options, document: results.Document, folder: Path) -> tuple[Path, results.Document] | None:
+    """A result that was stopped and is of the same code, device and question."""
+    same = ("machine", "commit", "asked")
+    for path, other in reversed(results.kept(folder).items()):
+        if not other["complete"] and not options.fresh and all(other[key] == document[key] for key in same):
+            return path, other
+    return None
 
 
-def _save(document: dict[str, Any], path: Path) -> None:
-    """Write the whole document: a reader, or an interruption, finds the old one or the new one."""
-    new = path.with_suffix(".json.new")
-    new.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(new, path)
-
-
-def run(device: str, shapes: Sequence[str] | None, quick: bool, out: str | None, command: str) -> int:
+def run(options: Options) -> int:
     """Measure, write and print; the exit status.  Raises :class:`RefusedError` for an argument that cannot be met."""
-    where = _device(device)
-    chosen = _chosen(shapes, where)
-    commit, date = machine.commit(), datetime.now(timezone.utc)
-    about = machine.machine(where)
-    path = _reserve(Path(out) if out else RESULTS, date, about["device"], commit)
-    document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "version": VERSION,
+    device = _device(options.device)
+    cases = chosen(options, device.type)
+    about, commit = machine.machine(device), machine.commit()
+    folder = Path(options.out) if options.out else results.RESULTS
+    date = datetime.now(timezone.utc)
+    document: results.Document = {
+        "schema": results.SCHEMA,
+        "version": results.VERSION,
         "complete": False,
-        "date": date.isoformat(timespec="seconds"),
-        "command": command,
         "commit": commit,
         "machine": about,
-        "clocks": {"before": machine.clocks(where), "after": None},
+        "libraries": {name: libraries.version(name) for name in providers.LIBRARIES},
+        "asked": {
+            "shapes": [case.name for case in cases],
+            "providers": None if options.providers is None else sorted(set(options.providers)),
+            "quick": options.quick,
+        },
         "providers": providers.PROVIDERS,
-        "ceilings": None,
+        "sessions": [],
         "cases": [],
     }
-    print(f"{about['device']}, torch {about['torch']}, Triton {about['triton']}; writing {path}", flush=True)
-    status, modes = 0, ("graph", "launch") if where.type == "cuda" else ("launch",)
+    begun = _begun(options, document, folder)
+    if begun is None:
+        path = results.reserve(folder, about["device"], f"{date:%Y-%m-%d}", commit, options.quick)
+        print(
+            f"{about['device']}, torch {about['torch']}, Triton {about['triton']}; writing {path}", flush=True
+        )
+    else:
+        path, document = begun
+        done = {record["name"] for record in document["cases"]}
+        print(f"continuing {path}: {len(done)} of {len(cases)} shapes are there", flush=True)
+        cases = [case for case in cases if case.name not in done]
+    session: dict[str, Any] = {
+        "date": date.isoformat(timespec="seconds"),
+        "command": options.command,
+        "clocks": {"before": machine.clocks(device), "after": None},
+        "ceilings": None,
+    }
+    document["sessions"].append(session)
     try:
-        _save(document, path)
-        bench = Bench(where)
-        document["ceilings"] = timing.ceilings(bench)
-        for number, shape in enumerate(chosen, start=1):
-            print(f"{number} of {len(chosen)}: {shape.name}", flush=True)
-            case = _case(shape, document["ceilings"])
-            begin = time.perf_counter()
-            with recorded(case), providers.products_of(shape.precision, where):
-                measure(shape, case, bench, timing.QUICK if quick else timing.FULL)
-            case["seconds"] = time.perf_counter() - begin
-            case["targets"] = {mode: report.judge(shape, case, mode, held=mode == modes[0]) for mode in modes}
-            document["cases"].append(case)
-            _save(document, path)
-            for line in _failures(case):
-                status = 1
-                print(f"  {line}", flush=True)
+        results.save(document, path)
+        status = _run_cases(cases, document, path, options, device)
         document["complete"] = True
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted; the same command continues", file=sys.stderr)
         status = 130
     finally:
-        document["clocks"]["after"] = machine.clocks(where)
-        _save(document, path)
-    print("\n" + report.table(document["cases"]), flush=True)
+        session["clocks"]["after"] = machine.clocks(device)
+        results.save(document, path)
+    print("\n" + report.table(document), flush=True)
+    print(f"\npython -m benchmarks report {path}", flush=True)
     return status
 
 
-def _failures(case: dict[str, Any]) -> Iterator[str]:
-    """What was wrong or raised, in words."""
-    entries = {"": case}
-    for name, provider in case["providers"].items():
-        entries |= {name: provider} | {f"{name}, {mode}": entry for mode, entry in provider["modes"].items()}
-    for name, entry in entries.items():
-        if entry["status"] in _FAILED:
-            yield f"{name} {entry['status']}: {entry['reason']}".lstrip()
+def _run_cases(
+    cases: Sequence[Case], document: results.Document, path: Path, options: Options, device: torch.device
+) -> int:
+    """Measure them all, saving after each; the exit status."""
+    bench = Bench(device)
+    session = document["sessions"][-1]
+    session["ceilings"] = timing.ceilings(bench)
+    modes = 2 if bench.on_gpu else 1
+    full = timing.QUICK if options.quick else timing.FULL
+    asked = len(document["asked"]["shapes"])
+    end = time.perf_counter() + (_QUICK_BUDGET if options.quick else _BUDGET) * len(cases) / asked
+    status = 0
+    # Where nobody watches, a line a shape instead of a bar.
+    with tqdm(cases, unit="shape", disable=None) as progress:
+        for number, case in enumerate(progress):
+            progress.set_description(case.name)
+            if progress.disable:
+                print(f"{number + 1} of {len(cases)}: {case.name}", flush=True)
+            left = max(0.0, end - time.perf_counter()) / (len(cases) - number)
+            effort = full._replace(seconds=min(3 * full.seconds / modes, _TIMED * left / modes))
+            record = records.new_record(case, session["ceilings"], len(document["sessions"]) - 1)
+            begin = time.perf_counter()
+            with records.recorded(record), providers.products_of(case.precision, device):
+                if isinstance(case, Distributed):
+                    distributed.measure(case, record, session["ceilings"], device, effort, options.providers)
+                else:
+                    measure(case, record, bench, effort, options.providers)
+            record["seconds"] = time.perf_counter() - begin
+            record["targets"] = report.judge(case, record, device.type)
+            document["cases"].append(record)
+            results.save(document, path)
+            for line in records.failures(record):
+                status = 1
+                progress.write(f"  {case.name}: {line}")
+    return status

@@ -1,60 +1,98 @@
-"""Speed of a training step's loss against the eager reference, interleaved: ``pytest benchmarks --benchmark-enable``.
+"""Every provider of every shape under pytest-benchmark: ``pytest benchmarks/test_speed.py -k 256x2048``.
 
-Every round times eager code, then ours: pytest-benchmark's figures are ours, eager's medians and the ratio stand
-in ``extra_info`` and in the table at the end.  A case whose loss disagrees with the reference gets no time.
-
-Before a side is timed it runs once untimed.  The first call after the other side's pays for what that one left:
-returning the eager matrices' memory to the system took 3 to 7 ms of our 8 at 256x2048, in a third of the rounds.
+One test is one part (forward, backward or both) of one provider on one shape; a group is what is compared.  A call ends
+when the device is done.  Of a GPU ``extra_info`` has the device's own time, by events.  Whoever is wrong fails and gets no
+time.  Providers take turns test by test here; ``python -m benchmarks run`` interleaves their rounds.
 """
 
-import statistics
+import functools
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .cases import CASES, Case
-from .conftest import SpeedRows
+from . import providers, timing
+from .cases import CASES, Case, Distributed
+from .timing import Bench
 
 
-def _rounds(seconds: float) -> int:
-    """As many as fit in ten seconds, at least 5 and at most 200."""
-    return max(5, min(200, int(10 / seconds)))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The shapes of the device that --device names; several ranks are measured by ``python -m benchmarks run`` alone."""
+    device = torch.device(metafunc.config.getoption("--device"))
+    chosen = [
+        pytest.param(case, name, part, id=f"{case.name}-{part}-{name.replace(' ', '-')}")
+        for case in CASES
+        if device.type in case.devices and not isinstance(case, Distributed)
+        for name in providers.names_of(case)
+        if name != "compile" or case.compiled
+        for part in case.parts
+    ]
+    metafunc.parametrize(("case", "name", "part"), chosen)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_step(case: Case, benchmark: BenchmarkFixture, speed_table: SpeedRows) -> None:
-    inputs = case.inputs()
-    eager, fast = case.step("reference", inputs), case.step("auto", inputs)
-    eager()
-    fast()
-    # Tests judge both by float64; this only refuses to time a wrong answer.
-    expected, found = case.loss("reference", inputs), case.loss("auto", inputs)
-    assert found == pytest.approx(expected, rel=1e-3)
+pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor has remarks on the machine and on torch
 
-    times: list[float] = []
 
-    def time_eager(warm_up: bool = True) -> None:
-        if warm_up:
-            eager()
-        start = time.perf_counter()
-        eager()
-        times.append(time.perf_counter() - start)
-        fast()
+@functools.lru_cache(maxsize=1)
+def _bench(device: str) -> Bench:
+    return Bench(torch.device(device))
 
-    time_eager()
-    first = times.pop()
-    # Where eager code takes seconds, what a call leaves is nothing beside them.
-    warm_up = first < 1
-    rounds = _rounds(first * (1 + warm_up))
-    benchmark.pedantic(fast, setup=lambda: time_eager(warm_up), rounds=rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
-    if benchmark.disabled:
-        return
-    assert benchmark.stats is not None
-    ours = benchmark.stats.stats.median
-    theirs = statistics.median(times)
+
+@functools.lru_cache(maxsize=1)  # of the parts of one provider, which follow each other
+def _step(case: Case, name: str, device: str) -> timing.Step | str:
+    """A step that is right and warmed up, or why there is none."""
+    bench = _bench(device)
+    bench.free()
+    provider = dict(providers.providers(case, bench.device, [name])).get(name)
+    if provider is None or provider.losses is None:
+        return "unavailable: " + (provider.reason or "" if provider else "has no such loss")
+    inputs = case.inputs(0, bench.device)
+    found = providers.evaluate(case, provider.losses, inputs)
+    true = providers.truth(case, provider.definition, inputs)
+    if reason := providers.wrong(providers.errors(found, true), providers.BOUNDS[case.products]):
+        return f"wrong: {reason}"
+    return timing.Step(provider.losses, inputs)
+
+
+@pytest.fixture
+def precision(case: Case, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch's own products as the case has them."""
+    with providers.products_of(case.precision, torch.device(request.config.getoption("--device"))):
+        yield
+
+
+@pytest.mark.usefixtures("precision")
+def test_speed(
+    case: Case, name: str, part: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
+) -> None:
+    device = request.config.getoption("--device")
+    step = _step(case, name, device)
+    if isinstance(step, str):
+        (pytest.fail if step.startswith("wrong") else pytest.skip)(step)
+    bench = _bench(device)
+    benchmark.group = f"{case.name}, {part}"
+
+    def finished(call: Callable[[], object]) -> Callable[[], None]:
+        def timed() -> None:
+            call()
+            bench.synchronize()
+
+        return timed
+
+    before = finished(step.forward) if part == "backward" else finished(step.clear)
+    call = finished(getattr(step, part))
+    before()
+    start = time.perf_counter()
+    call()
+    rounds = max(5, min(100, int(1 / (time.perf_counter() - start))))
     benchmark.extra_info.update(
-        eager_median_s=theirs, speedup=theirs / ours, target=case.target, threads=torch.get_num_threads()
+        suite=case.suite, shape=case.shape, provider=name, dtype=str(case.dtype), precision=case.precision
     )
-    speed_table.append((case.name, theirs, ours, case.target))
+    benchmark.pedantic(call, setup=before, rounds=rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    step.clear()
+    if bench.on_gpu and not benchmark.disabled:
+        run = timing.launched(bench, [step])
+        times = [run(number)[part].device[0] for number in range(rounds)]
+        benchmark.extra_info["device"] = timing.quantiles(times)

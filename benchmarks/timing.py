@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .providers import Inputs, Losses, products_of
+from .cases import PARTS, Inputs
+from .providers import Losses, differentiated, products_of
 
 Call = Callable[[], object]
 _CPU_CACHE = 1 << 25  # no interface tells a CPU's: 32 MiB, a common size of the last level
@@ -38,6 +39,7 @@ class Effort(NamedTuple):
     seconds: float
 
 
+# Seconds are shared out by what a run may take: run.py.
 FULL, QUICK = Effort(7, 200, 3.0), Effort(3, 20, 0.3)
 
 
@@ -120,7 +122,7 @@ class Bench:
 
 
 class Step:
-    """A training step of a loss on one set of inputs, warmed up.
+    """A training step of a loss on one set of inputs, warmed up; where no input needs a gradient, the forward alone.
 
     The upstream gradient is given: making it is not the loss's work.  Gradients are not accumulated: embeddings are no
     leaves.
@@ -128,41 +130,46 @@ class Step:
 
     def __init__(self, losses: Losses, inputs: Inputs) -> None:
         self._losses, self.inputs = losses, inputs
-        self.loss: Tensor | None = None
+        self._wanted = differentiated(inputs)
+        self.results: dict[str, Tensor] = {}
         self.gradients: tuple[Tensor, ...] = ()
         self._upstream: Tensor | None = None
         self.both()
-        self._upstream = None if self.loss is None else torch.ones_like(self.loss)
+        self._upstream = torch.ones_like(self.results["loss"]) if self._wanted else None
         self.clear()
 
+    @property
+    def parts(self) -> list[Call]:
+        """What follows one another: forward, and backward where there is one."""
+        return [self.forward, self.backward] if self._wanted else [self.forward]
+
     def forward(self) -> None:
-        """The value, and what is kept for the backward pass."""
-        self.loss = self._losses(*self.inputs)["loss"]
+        """The values, and what is kept for the backward pass."""
+        self.results = self._losses(*self.inputs)
 
     def backward(self) -> None:
-        """The gradients of both views."""
-        assert self.loss is not None
-        self.gradients = torch.autograd.grad(self.loss, self.inputs, self._upstream)
+        """The gradients of the inputs that need one."""
+        self.gradients = torch.autograd.grad(self.results["loss"], self._wanted, self._upstream)
 
     def both(self) -> None:
-        """Forward and backward."""
-        self.forward()
-        self.backward()
+        """All parts."""
+        for part in self.parts:
+            part()
 
     def clear(self) -> None:
         """Free the results."""
-        self.loss, self.gradients = None, ()
+        self.results, self.gradients = {}, ()
 
 
 class Outputs(NamedTuple):
     """Where a captured step leaves its results."""
 
-    loss: Tensor
+    results: dict[str, Tensor]
     gradients: tuple[Tensor, ...]
 
 
 class Graphs:
-    """A step as CUDA graphs: forward, backward, and both in one.
+    """A step as CUDA graphs: each part, and where there are two, both in one.
 
     Graphs of one pool share memory: a backward pass is replayed right after its forward pass, never later.
     """
@@ -173,36 +180,45 @@ class Graphs:
             for _ in range(2):
                 step.both()
         step.clear()
-        self.forward, self.backward, self.both = (torch.cuda.CUDAGraph() for _ in range(3))
-        with torch.cuda.graph(self.forward, pool=pool, stream=stream):
-            step.forward()
-        with torch.cuda.graph(self.backward, pool=pool, stream=stream):
-            step.backward()
-        self._in_parts = _outputs(step)
-        with torch.cuda.graph(self.both, pool=pool, stream=stream):
-            step.both()
-        self._at_once = _outputs(step)
+
+        def captured(*calls: Call) -> torch.cuda.CUDAGraph:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                for call in calls:
+                    call()
+            return graph
+
+        self._parts = [captured(part) for part in step.parts]
+        self._ways = [(self._parts, _outputs(step))]
+        if len(self._parts) > 1:
+            self._ways.append(([captured(step.both)], _outputs(step)))
+
+    @property
+    def ways(self) -> list[list[Call]]:
+        """The parts one after the other; and where there are two, the graph of both."""
+        return [[graph.replay for graph in graphs] for graphs, _ in self._ways]
 
     def replayed(self) -> list[Outputs]:
-        """Results of both ways, written over NaN: a graph that leaves work out is seen."""
+        """Results of all ways, written over NaN (numbers of patches: zero): a graph that leaves work out is seen."""
         with torch.no_grad():  # a gradient may be a view, which autograd lets nobody else write to
-            for outputs in (self._in_parts, self._at_once):
-                for tensor in (outputs.loss, *outputs.gradients):
-                    tensor.fill_(torch.nan)
-        self.forward.replay()
-        self.backward.replay()
-        self.both.replay()
+            for _, outputs in self._ways:
+                for tensor in (*outputs.results.values(), *outputs.gradients):
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        for graphs, _ in self._ways:
+            for graph in graphs:
+                graph.replay()
         torch.cuda.synchronize()
-        return [self._in_parts, self._at_once]
+        return [outputs for _, outputs in self._ways]
 
     def forget(self) -> None:
         """Let other graphs of the pool have the results' memory."""
-        del self._in_parts, self._at_once
+        self._ways = [(graphs, Outputs({}, ())) for graphs, _ in self._ways]
 
 
 def _outputs(step: Step) -> Outputs:
-    assert step.loss is not None
-    outputs = Outputs(step.loss.detach(), step.gradients)
+    # Of losses the sum alone: the others share the pool's memory and are not read.
+    names = ["loss"] if "loss" in step.results else list(step.results)
+    outputs = Outputs({name: step.results[name].detach() for name in names}, step.gradients)
     step.clear()
     return outputs
 
@@ -222,13 +238,24 @@ def collected() -> Iterator[None]:
 
 
 def launched(bench: Bench, steps: Sequence[Step]) -> Callable[[int], dict[str, Times]]:
-    """What times a step in mode launch, by the number of the round."""
+    """What times a step in mode launch, by the number of the round.
+
+    On a CPU a step runs once untimed before: the first call after another provider's pays for what that one left.
+    Returning eager code's matrices to the system took 3 to 7 ms of our 8 at 256x2048, in a third of the rounds.  Where a
+    step takes a second that is nothing beside it.
+    """
+    warm_up = not bench.on_gpu
 
     def run(number: int) -> dict[str, Times]:
+        nonlocal warm_up
         step = steps[number % len(steps)]
-        times = bench.time([step.forward, step.backward], idle=True)
+        if warm_up:
+            step.both()
+            step.clear()
+        times = bench.time(step.parts, idle=True)
         step.clear()
-        return _parts(times, Times([sum(times.device)], [sum(times.host)]))
+        warm_up = not bench.on_gpu and sum(times.host) < 1
+        return _parts([times, Times([sum(times.device)], [sum(times.host)])])
 
     return run
 
@@ -237,16 +264,16 @@ def replayed(bench: Bench, graphs: Sequence[Graphs]) -> Callable[[int], dict[str
     """What times a step in mode graph, by the number of the round."""
 
     def run(number: int) -> dict[str, Times]:
-        graph = graphs[number % len(graphs)]
-        parts = bench.time([graph.forward.replay, graph.backward.replay], idle=False)
-        return _parts(parts, bench.time([graph.both.replay], idle=False))
+        ways = graphs[number % len(graphs)].ways
+        return _parts([bench.time(calls, idle=False) for calls in ways])
 
     return run
 
 
-def _parts(parts: Times, both: Times) -> dict[str, Times]:
-    forward, backward = (Times([d], [h]) for d, h in zip(*parts, strict=True))
-    return {"forward": forward, "backward": backward, "both": both}
+def _parts(ways: Sequence[Times]) -> dict[str, Times]:
+    """By part: of the first way each, of the second the one that is both."""
+    singles = [Times([d], [h]) for d, h in zip(*ways[0], strict=True)]
+    return dict(zip(PARTS, [*singles, *ways[1:]] if len(singles) > 1 else singles, strict=False))
 
 
 def interleaved(
