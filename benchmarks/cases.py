@@ -14,13 +14,13 @@ from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
 Work = Mapping[str, int]  # operations by kind of product: "highest", "high", "bf16"
-DTYPES = {"highest": torch.float32, "high": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"highest": torch.float32, "high": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One shape: float32 with products at precision "highest" or "high", or 16-bit inputs ("bf16", "fp16").
+    """One shape: float32 with products at precision "highest" or "high", or bfloat16 ("bf16").
 
     ``targets``: by kind of device, how many times as fast as a provider ours must be, and its share of the "floor".
     ``devices``: where it is measured without being asked for.  ``compiled``: so is ``torch.compile``, which takes up to
@@ -124,8 +124,7 @@ class VICReg(Case):
     def work(self) -> dict[str, Work]:
         """Of each view half a Gram matrix of the smaller side, then a product with all of it."""
         half = 2 * self.N * self.D * min(self.N, self.D)
-        kind = "bf16" if self.products == "fp16" else self.products
-        return _parts({kind: half}, {kind: 2 * half})
+        return _parts({self.products: half}, {self.products: 2 * half})
 
     def inputs(self, seed: int, device: torch.device) -> Inputs:
         """The second view is a noisy copy of the first; features correlate and have means, as embeddings do."""
@@ -230,10 +229,9 @@ class Local(_Maps):
         for m in self.counts:
             P, N = (self.B, m) if self.statistics == "image" else (m, self.B)
             half += 2 * 2 * P * N * self.C * min(N, self.C)  # two match sets of this direction
-        kind = "bf16" if self.products == "fp16" else self.products
         matching = self._matching()
-        forward = {**matching, kind: matching.get(kind, 0) + half}
-        return _parts(forward, {kind: 2 * half})
+        forward = {**matching, self.products: matching.get(self.products, 0) + half}
+        return _parts(forward, {self.products: 2 * half})
 
     def inputs(self, seed: int, device: torch.device) -> Inputs:
         """Two maps, and locations somewhere in the unit square: no two distances are equal."""

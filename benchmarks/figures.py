@@ -30,7 +30,8 @@ _COLOURS = {
     "triton": "#12a37f",
 }
 _SERIES = ("#12a37f", "#3b86cc", "#d9822b", "#c9648f", "#9a7bd1", "#8c8c8c")  # of several documents
-_MARKS = {"highest": "o", "high": "s", "bf16": "^", "fp16": "v"}
+_MARKS = {"highest": "o", "high": "s", "bf16": "^"}
+_NAMES = "products: highest float32, high TF32 of float32, bf16 of bfloat16 inputs"
 _DPI = 130
 
 
@@ -73,69 +74,86 @@ def products_of(record: Record) -> str:
     return str(record["name"].rsplit("-", 1)[1])
 
 
-def _speedup(record: Record, mode: str) -> float | None:
-    found = record["targets"].get(mode, {}).get("eager", {}).get("found")
-    return None if found is None else float(found)
-
-
 def _times(value: float) -> str:
-    return f"{value:.0f}×" if value >= 20 else f"{value:.1f}×"
+    return f"{value:.0f}×" if value >= 20 else f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
+
+
+def _bars(
+    axes: Axes,
+    rows: Sequence[str],
+    series: Mapping[str, Mapping[str, float]],
+    colours: Sequence[str],
+    words: Any,
+) -> None:
+    """Horizontal bars of each row, one for each series that has it, from 1; ``words`` writes the value behind it."""
+    height = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        there = [row for row in rows if row in values]
+        places = [rows.index(row) + (number - (len(series) - 1) / 2) * height for row in there]
+        lengths = [values[row] - 1 for row in there]
+        axes.barh(places, lengths, height, left=1, color=colours[number % len(colours)], label=name)
+        for place, row in zip(places, there, strict=True):
+            axes.annotate(
+                words(values[row]), (max(values[row], 1), place), (3, 0), textcoords="offset points", va="center", fontsize=7
+            )  # fmt: skip
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
 
 
 def speedups(documents: Sequence[Document], names: Sequence[str] | None = None) -> Figure | None:
-    """Bars: how many times as fast as eager code; ``names``: of these shapes, else of those that are no sweep's."""
-    ratios: list[dict[str, float]] = []
+    """Bars: how many times as fast as eager code.
+
+    Of one document by shape and kind of product, sweeps left out; of several, of the shapes of which a speed-up is asked.
+    ``names``: of these shapes.
+    """
+    series: dict[str, dict[str, float]] = {}
+    rows: list[str] = []
     for document in documents:
         mode = report.mode_of(document)
-        records = [
-            record
-            for record in document["cases"]
-            if (record["name"] in names if names is not None else record["title"] != "scaling")
-        ]
-        found = {record["name"]: _speedup(record, mode) for record in records}
-        ratios.append({name: ratio for name, ratio in found.items() if ratio is not None})
-    shown = list(dict.fromkeys(name for found in ratios for name in found))
-    if not shown:
+        alone = len(documents) == 1
+        shapes = report.asked_of(document) if names is None and not alone else names
+        for record in document["cases"]:
+            found = record["targets"].get(mode, {}).get("eager", {}).get("found")
+            if found is None or (shapes is None and record["title"] == "scaling"):
+                continue
+            if shapes is None or record["name"] in shapes:
+                kind = products_of(record) if alone else label(document)
+                row = record["name"].removesuffix(f"-{kind}")
+                series.setdefault(kind, {})[row] = float(found)
+                rows += [row] if row not in rows else []
+    series = {kind: series[kind] for kind in (*_MARKS, *series) if kind in series}
+    if not rows:
         return None
-    height = 0.8 / len(documents)
-    figure, axes = plt.subplots(figsize=(8.4, 1.3 + 0.28 * len(shown) * max(1, len(documents) * 0.7)))
-    for number, (document, faster) in enumerate(zip(documents, ratios, strict=True)):
-        rows = [k for k, name in enumerate(shown) if name in faster]
-        values = [faster[shown[k]] for k in rows]
-        places = [k + (number - (len(documents) - 1) / 2) * height for k in rows]
-        colour = _SERIES[number % len(_SERIES)]
-        axes.barh(places, [v - 1 for v in values], height, left=1, color=colour, label=label(document))
-        for place, value in zip(places, values, strict=True):
-            axes.annotate(
-                _times(value),
-                (max(value, 1), place),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-    axes.set_yticks(range(len(shown)), shown, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_ylim(len(shown) - 0.4, -0.6)
+    figure, axes = plt.subplots(figsize=(8.4, 1.5 + 0.13 * len(rows) * (1 + len(series))))
+    _bars(axes, rows, series, _SERIES, _times)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.margins(x=0.12)
     axes.axvline(1, color=_COLOURS["eager"], linewidth=1)
-    axes.grid(axis="y", visible=False)
     axes.set_xlabel("times as fast as eager code")
-    _title(figure, axes, documents, "Speed-up over eager code, forward and backward")
+    _title(figure, axes, documents, "Speed-up over eager code, forward and backward", legend=len(series) > 1)
     return figure
 
 
-def _title(figure: Figure, axes: Axes, documents: Sequence[Document], words: str) -> None:
-    """What is shown, and of which device; several devices are in a legend."""
+def _title(figure: Figure, axes: Axes, documents: Sequence[Document], words: str, legend: bool) -> None:
+    """What is shown, and of which device; the legend is below, where nothing is hidden."""
     mode = {"graph": "CUDA graphs", "launch": "called from Python"}[report.mode_of(documents[0])]
-    figure.suptitle(f"{words} ({mode})", fontsize=11, x=0.01, ha="left", fontweight="bold")
-    if len(documents) == 1:
-        figure.text(0.01, 0.005, label(documents[0]), fontsize=7.5, alpha=0.8)
-    else:
-        axes.legend(fontsize=7.5, loc="lower right")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    inch = 1 / figure.get_figheight()
+    figure.suptitle(
+        f"{words} ({mode})", fontsize=11, x=0.01, y=1 - 0.08 * inch, ha="left", va="top", fontweight="bold"
+    )
+    foot = [_NAMES] if len(documents) > 1 else [label(documents[0]), _NAMES]
+    figure.text(0.01, 0.06 * inch, "\n".join(foot), fontsize=7.5, alpha=0.8)
+    bottom = 0.45 * inch
+    if legend:
+        many = len(documents) > 1
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(
+            handles, names, fontsize=8, loc="lower left", bbox_to_anchor=(0, bottom), ncols=1 if many else 6
+        )
+        bottom += (0.2 * (len(names) if many else 1) + 0.1) * inch
+    figure.tight_layout(rect=(0, bottom, 1, 1 - 0.3 * inch))
 
 
 def sweep(records: Sequence[Record], along: str) -> tuple[int, list[Record]]:
@@ -184,8 +202,7 @@ def scaling(documents: Sequence[Document]) -> Figure | None:
         axes.set_xlabel(f"{along}, at {other} = {fixed} ({records[0]['dtype']}, {records[0]['precision']})")
         axes.tick_params(axis="x", labelsize=8)
     both[0].set_ylabel("forward and backward")
-    both[0].legend(fontsize=8)
-    _title(figure, both[1], documents[:1], "Time of a step over its size")
+    _title(figure, both[0], documents, "Time of a step over its size", legend=True)
     return figure
 
 
@@ -193,34 +210,25 @@ def memory(documents: Sequence[Document]) -> Figure | None:
     """Bars: peak memory beyond inputs and gradients, of eager code and of ours."""
     (document, *_) = documents
     mode = report.mode_of(document)
-    rows = []
+    series: dict[str, dict[str, float]] = {}
+    shapes = report.asked_of(document) or [record["name"] for record in document["cases"]]
     for record in document["cases"]:
         us = report.ours(record, mode)
-        peaks = [record["providers"].get(name, {}).get("peak_bytes") for name in ("eager", us)]
-        if record["title"] != "scaling" and all(peaks):
-            rows.append((record["name"], us, *peaks))
-    if not rows:
+        peaks = {name: record["providers"].get(name, {}).get("peak_bytes") for name in ("eager", us)}
+        if record["name"] in shapes and us is not None and all(peaks.values()):
+            for name, peak in peaks.items():
+                series.setdefault("eager" if name == "eager" else "vicreg_fast", {})[record["name"]] = peak
+    if not series:
         return None
-    figure, axes = plt.subplots(figsize=(8.4, 1.3 + 0.32 * len(rows)))
-    for column, offset, name in ((2, -0.2, "eager"), (3, 0.2, None)):
-        values = [row[column] for row in rows]
-        places = [k + offset for k in range(len(rows))]
-        colour = _COLOURS[name or str(rows[0][1])]
-        axes.barh(places, values, 0.38, color=colour, label=name or f"vicreg_fast, {rows[0][1]}")
-        for place, value in zip(places, values, strict=True):
-            axes.annotate(
-                report.size(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7
-            )
-    axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    rows = list(series["eager"])
+    figure, axes = plt.subplots(figsize=(8.4, 1.5 + 0.38 * len(rows)))
+    _bars(axes, rows, series, (_COLOURS["eager"], _SERIES[0]), report.size)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.size(value)))
     axes.tick_params(axis="x", labelsize=8)
-    axes.margins(x=0.12)
-    axes.grid(axis="y", visible=False)
+    axes.set_xlim(left=min(min(values.values()) for values in series.values()) / 4)
     axes.set_xlabel("peak memory of a step beyond inputs and gradients")
-    axes.legend(fontsize=8, loc="lower right")
-    _title(figure, axes, documents[:1], "Peak memory")
+    _title(figure, axes, documents[:1], "Peak memory", legend=True)
     return figure
 
 
@@ -245,7 +253,7 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     copy = ceilings["copy_bytes_per_s"]
     every = [x for found in points.values() for x, _ in found]
     low, high = min(every) / 2, max([*every, max(rates.values()) / copy]) * 3
-    colours = dict(zip(_MARKS, ("#12a37f", "#3b86cc", "#d9822b", "#c9648f"), strict=True))
+    colours = dict(zip(_MARKS, ("#12a37f", "#3b86cc", "#d9822b"), strict=True))
     for kind in kinds:
         ridge = rates[kind] / copy
         axes.plot([ridge, high], [rates[kind] / 1e12] * 2, color=colours[kind], linewidth=1)
@@ -256,7 +264,7 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
         [low, steepest], [low * copy / 1e12, steepest * copy / 1e12], color=_COLOURS["eager"], linewidth=1
     )
     axes.annotate(
-        f"copy: {copy / 1e9:.3g} GB/s",
+        f"copy: {copy / 1e9:.0f} GB/s",
         (low, low * copy / 1e12),
         (4, 12),
         textcoords="offset points",
@@ -270,8 +278,7 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     axes.set_xlim(low, high)
     axes.set_xlabel("least operations per least byte")
     axes.set_ylabel("TFLOP/s of the least operations")
-    axes.legend(fontsize=8, title="products", loc="lower right")
-    _title(figure, axes, documents[:1], "Roofline of our backend, all shapes")
+    _title(figure, axes, documents[:1], "Roofline of our backend, all shapes", legend=True)
     return figure
 
 

@@ -231,18 +231,9 @@ def comparison(documents: Sequence[Document]) -> Iterator[str]:
 # -- README -------------------------------------------------------------------------------------------------------
 
 
-def readme_names(document: Document) -> list[str]:
-    """The shapes that README shows: those of which a speed-up is asked."""
-    return [
-        record["name"]
-        for record in document["cases"]
-        if any((judged.get("eager", {}).get("asked") or 0) > 1 for judged in record["targets"].values())
-    ]
-
-
 def readme_speed(document: Document, path: Path) -> str:
     """README's table of speed."""
-    names, mode = readme_names(document), report.mode_of(document)
+    names, mode = report.asked_of(document), report.mode_of(document)
     us = "vicreg_fast"
     rows = []
     for record in document["cases"]:
@@ -266,7 +257,7 @@ def readme_speed(document: Document, path: Path) -> str:
 
 def readme_memory(document: Document) -> str:
     """README's table of memory."""
-    names, mode, rows = readme_names(document), report.mode_of(document), []
+    names, mode, rows = report.asked_of(document), report.mode_of(document), []
     for record in document["cases"]:
         us = report.ours(record, mode)
         if record["name"] in names and us is not None:
@@ -294,7 +285,7 @@ def _write_readme(document: Document, path: Path) -> int:
         raise RefusedError(f"README shows complete runs of all shapes; {path} is none")
     text = between(README.read_text(), "speed table", readme_speed(document, path))
     README.write_text(between(text, "memory table", readme_memory(document)))
-    names = readme_names(document)
+    names = report.asked_of(document)
     drawn = figures.save(lambda: figures.speedups([document], names), machine.ROOT / "docs", "speed")
     print(f"{README}, {', '.join(str(path.relative_to(machine.ROOT)) for path in drawn)}")
     return 0

@@ -37,7 +37,7 @@ DROP_IN = Definition(25.0, 15.0, 1.0, 0.0)  # VICRegLoss's and VICRegLLoss's def
 #   high     TF32 operands truncated, as cuBLAS takes them: 1.7e-3; rounded to nearest: 2e-4.
 #   bf16     eager code: 7e-3.  On a GPU split sums may be rounded to bfloat16 as well.  A tile that nobody wrote, one
 #            of 272 at 2048 x 2048, is 6e-2 of a gradient.
-BOUNDS = {"highest": 2e-5, "high": 4e-3, "bf16": 3e-2, "fp16": 4e-3}
+BOUNDS = {"highest": 2e-5, "high": 4e-3, "bf16": 3e-2}
 # Beside the other terms the covariance's gradient could be lost in the sum: it is judged alone too.
 _JUDGED = ("loss", "cov-loss")
 

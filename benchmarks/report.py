@@ -63,6 +63,15 @@ def modes_of(record: Record) -> list[str]:
     return [mode for mode in MODES if mode in timed]
 
 
+def asked_of(document: Mapping[str, Any]) -> list[str]:
+    """The shapes of which more is asked than to be no slower than eager code."""
+    return [
+        record["name"]
+        for record in document["cases"]
+        if any((judged.get("eager", {}).get("asked") or 0) > 1 for judged in record["targets"].values())
+    ]
+
+
 def judge(case: Case, record: Record, device: str) -> dict[str, Any]:
     """By mode, our speed as a multiple of each provider's and as a share of the floor, and what was asked.
 

@@ -53,14 +53,15 @@ def measure(
         entry = record["providers"][name] = records.provider_entry(provider)
         if provider.losses is None:
             continue
-        if provider.definition not in truths:
-            truths[provider.definition] = providers.truth(case, provider.definition, inputs[0])
-            bench.free()
         with records.recorded(entry):
-            found = providers.evaluate(case, provider.losses, inputs[0])
-            if not records.judged(entry, providers.errors(found, truths[provider.definition]), record["bound"]):
+            if provider.definition not in truths:
+                truths[provider.definition] = providers.truth(case, provider.definition, inputs[0])
+                bench.free()
+            found = providers.errors(
+                providers.evaluate(case, provider.losses, inputs[0]), truths[provider.definition]
+            )
+            if not records.judged(entry, found, record["bound"]):
                 continue
-            del found
             ready = [timing.Step(provider.losses, tensors) for tensors in inputs]
             peak = bench.peak_bytes(ready[0].both) - tensor_bytes(*ready[0].gradients)
             ready[0].clear()

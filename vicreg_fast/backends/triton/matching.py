@@ -14,7 +14,7 @@ from .launch import block_of, by_direction, products
 
 # Patches of a program of the selection, and blocks whose nearest it reads at a time; matches and channels of one of the
 # distances.
-_SELECTED, _PARTS = 128, 8
+_SELECTED, _PARTS = 64, 8
 _MEASURED, _CHANNELS = 16, 64
 
 
