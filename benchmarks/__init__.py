@@ -3,4 +3,4 @@
 import os
 
 # Before torch is imported: or some builds write two lines to standard error for every profile that memory.py takes.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -111,8 +111,8 @@ def _minimum(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return value.squeeze(dim), elsewhere.amin(dim).long()
 
 
-def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
-    """Both directions: nearest candidate of every query, nearest query of every candidate.
+def nearest(queries: Tensor, candidates: Tensor, both: bool) -> list[Nearest]:
+    """Nearest candidate of every query; ``both``: and nearest query of every candidate.
 
     queries (B, P1, C), candidates (B, P2, C), any floating types and strides.  NaN is never nearer than a number,
     infinity included; equal distances go to the lowest number.
@@ -121,11 +121,11 @@ def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
     B, P1, C = queries.shape
     P2 = candidates.shape[1]
     device = queries.device
-    rows, columns = (
+    rows, *back = (
         Nearest(
             torch.empty(B, P, dtype=dtype, device=device), torch.empty(B, P, dtype=torch.int64, device=device)
         )
-        for P in (P1, P2)
+        for P in ((P1, P2) if both else (P1,))
     )
     tile_elements = min(TILE_ELEMENTS, max(SMALL_ELEMENTS, B * (P1 + P2) * C // 2))
     images = max(1, min(tile_elements // (P1 * P2), MAP_ELEMENTS // ((P1 + P2) * C)))
@@ -138,14 +138,15 @@ def nearest(queries: Tensor, candidates: Tensor) -> tuple[Nearest, Nearest]:
             part = slice(top, top + step)
             tile = _tile(operands, part)
             rows.value[group, part], rows.candidate[group, part] = _minimum(tile, 2)
-            value, query = _minimum(tile, 1)
-            if top:
-                before = columns.value[group]
-                nearer = value < before  # an equal one further down does not replace the first
-                value = torch.where(nearer, value, before)
-                query = torch.where(nearer, query + top, columns.candidate[group])
-            columns.value[group], columns.candidate[group] = value, query
-    return rows, columns
+            for columns in back:
+                value, query = _minimum(tile, 1)
+                if top:
+                    before = columns.value[group]
+                    nearer = value < before  # an equal one further down does not replace the first
+                    value = torch.where(nearer, value, before)
+                    query = torch.where(nearer, query + top, columns.candidate[group])
+                columns.value[group], columns.candidate[group] = value, query
+    return [rows, *back]
 
 
 def select(found: Nearest, num_matches: int, match_order: str) -> tuple[Tensor, Tensor]:

@@ -98,10 +98,10 @@ def match(
     found: list[Tensor] = []
     with precision.exact_products("ieee", maps[0].device):
         for queries, candidates in [locations, maps] if locations else [maps]:
-            directions = matching.nearest(queries, candidates)
+            directions = matching.nearest(queries, candidates, both=len(counts) == 2)
             chosen = [
                 index.t() if across else index
-                for nearest, m in zip(directions, counts, strict=False)
+                for nearest, m in zip(directions, counts, strict=True)
                 for index in matching.select(nearest, m, match_order)
             ]
             for V, _, _ in index_shapes(len(queries), counts, across):
