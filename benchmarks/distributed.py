@@ -4,6 +4,7 @@ Eager code gathers every rank's rows, with gradient, and computes the loss of al
 that of its slowest rank, from a barrier until its device is done.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -46,7 +47,9 @@ def measure(
         record.update(status="left out", reason="one GPU is one rank: there is nothing to gather")
         return
     record["samples"] *= ranks
-    record["floor"] = report.floor(replace(case, N=case.N * ranks), ceilings, ranks)
+    # Of a CPU's ceilings all ranks have a share.
+    devices = ranks if device.type == "cuda" else 1
+    record["floor"] = report.floor(replace(case, N=case.N * ranks), ceilings, devices)
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer")
         arguments = (ranks, os.path.join(folder, "store"), answer, case.name, device.type, effort, wanted)
@@ -105,7 +108,11 @@ def _errors(case: Case, losses: Losses, rank: int, ranks: int, device: torch.dev
         dist.all_gather(every, gradient.contiguous())
         gathered.append(torch.cat(every) / ranks)  # as DistributedDataParallel averages
     values = {"loss": found.values["loss"]}
-    return providers.errors(providers.Evaluation(values, {"loss": tuple(gathered)}), true)
+    relative = providers.errors(providers.Evaluation(values, {"loss": tuple(gathered)}), true)
+    # All ranks must say the same of a provider, or some would wait for others: the worst, and no number is the worst.
+    worst = torch.tensor(list(relative.values()), dtype=torch.float64, device=device).nan_to_num(nan=math.inf)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return dict(zip(relative, worst.tolist(), strict=True))
 
 
 def _measured(

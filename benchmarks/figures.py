@@ -69,6 +69,15 @@ def label(document: Document) -> str:
     return ("NOT MEASURED: " if "fixture" in document else "") + f"{about['device']}, {versions}{state}"
 
 
+def marks(documents: Sequence[Document]) -> list[str]:
+    """A letter for each: two results may be of the same device and versions."""
+    return [chr(ord("A") + k) for k in range(len(documents))]
+
+
+def _marked(documents: Sequence[Document]) -> list[str]:
+    return [f"{mark}: {label(document)}" for mark, document in zip(marks(documents), documents, strict=True)]
+
+
 def products_of(record: Record) -> str:
     """How a record multiplies, as its name says."""
     return str(record["name"].rsplit("-", 1)[1])
@@ -110,7 +119,7 @@ def speedups(documents: Sequence[Document], names: Sequence[str] | None = None) 
     """
     series: dict[str, dict[str, float]] = {}
     rows: list[str] = []
-    for document in documents:
+    for document, marked in zip(documents, _marked(documents), strict=True):
         mode = report.mode_of(document)
         alone = len(documents) == 1
         shapes = report.asked_of(document) if names is None and not alone else names
@@ -119,14 +128,14 @@ def speedups(documents: Sequence[Document], names: Sequence[str] | None = None) 
             if found is None or (shapes is None and record["title"] == "scaling"):
                 continue
             if shapes is None or record["name"] in shapes:
-                kind = products_of(record) if alone else label(document)
+                kind = products_of(record) if alone else marked
                 row = record["name"].removesuffix(f"-{kind}")
                 series.setdefault(kind, {})[row] = float(found)
                 rows += [row] if row not in rows else []
     series = {kind: series[kind] for kind in (*_MARKS, *series) if kind in series}
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(8.4, 1.5 + 0.13 * len(rows) * (1 + len(series))))
+    figure, axes = plt.subplots(figsize=(8.4, max(3.0, 1.5 + 0.13 * len(rows) * (1 + len(series)))))
     _bars(axes, rows, series, _SERIES, _times)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -169,8 +178,24 @@ def sweep(records: Sequence[Record], along: str) -> tuple[int, list[Record]]:
 
 
 def scaling(documents: Sequence[Document]) -> Figure | None:
-    """Time over N and over D, log-log, with the floor drawn in; one document, or ours of several."""
-    lines = [[sweep(document["cases"], along) for document in documents] for along in ("N", "D")]
+    """Time over N and over D, log-log, with the floor drawn in; one document, or ours of several.
+
+    Of several those that have the lines and the mode of the first: others are not what this one is compared with.
+    """
+
+    def lines_of(document: Document) -> list[tuple[int, list[Record]]]:
+        return [sweep(document["cases"], along) for along in ("N", "D")]
+
+    def alike(document: Document) -> bool:
+        def what(found: Document) -> Any:
+            line = [(fixed, {products_of(record) for record in records}) for fixed, records in lines_of(found)]
+            return report.mode_of(found), line
+
+        return bool(what(document) == what(documents[0]))
+
+    names = [name for name, document in zip(_marked(documents), documents, strict=True) if alike(document)]
+    documents = [document for document in documents if alike(document)]
+    lines = list(zip(*(lines_of(document) for document in documents), strict=True))
     if any(len(records) < 3 for sweeps in lines for _, records in sweeps):
         return None
     figure, both = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
@@ -184,9 +209,9 @@ def scaling(documents: Sequence[Document]) -> Figure | None:
                 points = [(r["shape"][along], report.seconds(r, name, mode)) for r in records]
                 points = [(x, y) for x, y in points if y is not None]
                 if len(points) > 1:
-                    colour = _COLOURS[name] if alone else _SERIES[number % len(_SERIES)]
+                    colour = _COLOURS.get(name, _SERIES[4]) if alone else _SERIES[number % len(_SERIES)]
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colour,
-                              label=name if alone else label(document))  # fmt: skip
+                              label=name if alone else names[number])  # fmt: skip
             floors = [(r["shape"][along], r["floor"]["both"]["seconds"]) for r in records]
             axes.plot(*zip(*floors, strict=True), linestyle="--", linewidth=1, color=_COLOURS["eager"],
                       label="floor" if number == 0 else None)  # fmt: skip
@@ -221,7 +246,7 @@ def memory(documents: Sequence[Document]) -> Figure | None:
     if not series:
         return None
     rows = list(series["eager"])
-    figure, axes = plt.subplots(figsize=(8.4, 1.5 + 0.38 * len(rows)))
+    figure, axes = plt.subplots(figsize=(8.4, max(3.0, 1.5 + 0.38 * len(rows))))
     _bars(axes, rows, series, (_COLOURS["eager"], _SERIES[0]), report.size)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.size(value)))

@@ -1,6 +1,7 @@
 """What a result was measured on: device, versions, clocks, commit."""
 
 import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -60,6 +61,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": devices()[str(device)],
         "kind": device.type,
+        "index": device.index,
         "capability": None,
         "multiprocessors": None,
         "l2_bytes": None,
@@ -82,6 +84,14 @@ def machine(device: torch.device) -> dict[str, Any]:
             "memory_bytes": about.total_memory,
         }
     return found
+
+
+def load() -> float | None:
+    """How many processes wanted a CPU in the last minute, on average; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def clocks(device: torch.device) -> dict[str, Any]:

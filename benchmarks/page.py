@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import figures, machine, report, results
-from .cases import PARTS
+from .cases import CASES, PARTS
 from .report import Record, duration, size
 from .results import Document, RefusedError
 
@@ -64,11 +64,12 @@ def _page(document: Document) -> Iterator[str]:
     if "fixture" in document:
         yield f"**Nothing here was measured:** {document['fixture']}"
     if not document["complete"]:
-        done, asked = len(document["cases"]), len(document["asked"]["shapes"])
-        yield f"**Stopped after {done} of {asked} shapes.** The same command continues it."
+        done, all_ = len(document["cases"]), len(document["asked"]["shapes"])
+        yield f"**Stopped after {done} of {all_} shapes.** The same command continues it."
     yield _about(document)
-    yield "## What was asked of it"
-    yield _targets(document)
+    if asked := _targets(document):
+        yield "## What was asked of it"
+        yield asked
     for suite, mode, records in report.by_suite(document):
         yield f"## {report.SUITES[suite]}, {'forward' if suite in report.WHOLE else 'forward and backward'}, mode {mode}"
         yield report.rows_of(records, mode)
@@ -77,8 +78,9 @@ def _page(document: Document) -> Iterator[str]:
     if libraries:
         yield "## Other libraries, each beside vicreg_fast set to its definition"
         yield libraries
-    yield "## Peak memory beyond inputs and gradients"
-    yield _memory(document["cases"])
+    if memory := _memory(document["cases"]):
+        yield "## Peak memory beyond inputs and gradients"
+        yield memory
     left_out = _without_time(document)
     if left_out:
         yield "## What got no time"
@@ -97,6 +99,8 @@ def _about(document: Document) -> str:
     ]
     for session in document["sessions"]:
         rows.append(["measured", f"{session['date']} by `{session['command']}`"])
+        if session["load"] is not None:
+            rows.append(["load of the CPU at its start", str(session["load"])])
         for when in ("before", "after"):
             clocks = session["clocks"][when] or {}
             if clocks.get("sm_clock_mhz") is not None:
@@ -125,7 +129,7 @@ def _targets(document: Document) -> str:
                 against = "share of the floor" if name == "floor" else f"times as fast as {name}"
                 found = "–" if target["found"] is None else f"{target['found']:.3g}"
                 rows.append([record["name"], mode, against, f"{target['asked']:.3g}", found, verdict])
-    return report.markdown(["shape", "mode", "what", "asked", "found", ""], rows) if rows else "Nothing."
+    return report.markdown(["shape", "mode", "what", "asked", "found", ""], rows) if rows else ""
 
 
 def _details(records: Sequence[Record], mode: str) -> str:
@@ -169,7 +173,7 @@ def _memory(records: Sequence[Record]) -> str:
     for record in records:
         peaks = [record["providers"].get(name, {}).get("peak_bytes") for name in names]
         rows.append([record["name"], *("" if peak is None else size(peak) for peak in peaks)])
-    return report.markdown(["shape", *names], rows)
+    return report.markdown(["shape", *names], rows) if names else ""
 
 
 def _without_time(document: Document) -> str:
@@ -250,7 +254,8 @@ def readme_speed(document: Document, path: Path) -> str:
     about = document["machine"]
     threads = f", {about['threads']} threads" if about["kind"] == "cpu" else ""
     source = f"Measured on {about['device']}{threads}, torch {about['torch']}, on {session['date'][:10]} by"
-    words = f"{source} `{session['command']}`; medians, from `benchmarks/results/{path.name}`."
+    how = "CUDA graphs" if mode == "graph" else "called from Python"
+    words = f"{source} `{session['command']}`; {how}, medians, from `benchmarks/results/{path.name}`."
     picture = figures.picture("docs", "speed", f"Speed-up over eager code on {about['device']}")
     return "\n\n".join([words, report.markdown(header, rows), picture])
 
@@ -281,7 +286,9 @@ def between(text: str, mark: str, new: str | None = None) -> str:
 def _write_readme(document: Document, path: Path) -> int:
     if path.resolve().parent != results.RESULTS.resolve():
         raise RefusedError(f"README shows what is kept in {results.RESULTS}; {path} is not")
-    if not document["complete"] or document["asked"]["quick"] or "fixture" in document:
+    everything = [case.name for case in CASES if document["machine"]["kind"] in case.devices]
+    whole = document["asked"] == {"shapes": everything, "providers": None, "quick": False}
+    if not document["complete"] or not whole or "fixture" in document:
         raise RefusedError(f"README shows complete runs of all shapes; {path} is none")
     text = between(README.read_text(), "speed table", readme_speed(document, path))
     README.write_text(between(text, "memory table", readme_memory(document)))

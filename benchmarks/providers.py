@@ -1,6 +1,8 @@
 """Who computes a case, under which definition, and who is right: a provider that is wrong gets no time."""
 
 import functools
+import gc
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from torch import Tensor
 from vicreg_fast import VICRegLLoss, VICRegLoss, backends, functional, reference
 
 from . import libraries
-from .cases import Case, Inputs, Local, Matching
+from .cases import Case, Distributed, Inputs, Local, Matching
 from .libraries import Definition
 
 Losses = Callable[..., dict[str, Tensor]]  # from a case's inputs; "loss" is what is differentiated
@@ -23,8 +25,9 @@ PROVIDERS = {
     "eager": "vicreg_fast/reference.py on the tensors as they are: bfloat16 tensors multiply in bfloat16, float32 ones "
     "in float32 or, at precision high, in TF32; patches are compared by exact differences, in float32 at least",
     "compile": "torch.compile of the same, dynamic=False, default mode",
-    "cdist": "the same with torch.cdist's default, a matrix product; matching: cdist, min and topk",
-    "bmm": "matching: norms and torch.bmm, min and topk",
+    "cdist": "the same with torch.cdist's default, a matrix product in float32, as under autocast; matching: cdist, min "
+    "and topk",
+    "bmm": "matching: norms, torch.bmm (of bfloat16 with float32 sums), min and topk",
     "aten": "vicreg_fast with backend='aten'",
     "triton": "vicreg_fast with backend='triton'",
 }
@@ -43,11 +46,11 @@ _JUDGED = ("loss", "cov-loss")
 
 
 class Provider(NamedTuple):
-    """Who computes a case, or the ``reason`` why nobody does; ``definition``: of which loss."""
+    """Who computes a case, or the ``reason`` why nobody does; ``definition``: of which loss, None: of the case's own."""
 
     losses: Losses | None
     reason: str | None = None
-    definition: Definition = DROP_IN
+    definition: Definition | None = None
 
 
 def names() -> list[str]:
@@ -57,16 +60,9 @@ def names() -> list[str]:
 
 def names_of(case: Case) -> list[str]:
     """Those that may compute a case."""
-    more = ["cdist", "bmm"] if isinstance(case, Matching) else ["cdist"] if isinstance(case, Local) else []
-    found = {Matching: (), Local: libraries.VICREGL}.get(type(case), libraries.VICREG)
-    return [
-        "eager",
-        "compile",
-        *more,
-        "aten",
-        "triton",
-        *(n for name in found for n in (name, f"ours as {name}")),
-    ]
+    if isinstance(case, Distributed):
+        return ["eager", "aten", "triton"]
+    return list(_makers(case, torch.device("cpu")))
 
 
 @contextmanager
@@ -125,8 +121,11 @@ def _cdist(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _squares(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Squared distances but for the queries' own norms; 16-bit products, whose sums are wanted in float32, are so."""
-    product = torch.bmm(queries.float(), candidates.float().mT)
+    """Squared distances but for the queries' own norms, which do not change who is nearest."""
+    if queries.dtype.itemsize == 2 and queries.device.type == "cuda":
+        product = torch.bmm(queries, candidates.mT, out_dtype=torch.float32)
+    else:
+        product = torch.bmm(queries.float(), candidates.float().mT)
     return candidates.float().square().sum(-1)[:, None, :] - 2 * product
 
 
@@ -187,18 +186,27 @@ def _sum_alone(losses: Losses) -> Losses:
     return lambda *inputs: {"loss": losses(*inputs)["loss"]}
 
 
-def _compiled(case: Case, device: torch.device, named: bool) -> Provider:
-    if not (case.compiled or named):
-        return Provider(None, "compiled at other shapes only, or where --provider names it")
+@functools.cache
+def _keep_compiler() -> None:
+    """Import the compiler, whose objects every later garbage collection would go through in vain, 0.3 s each."""
+    importlib.import_module("torch._inductor.compile_fx")
+    gc.freeze()
+
+
+def _compiled(case: Case, device: torch.device, leave_out: str | None) -> Provider:
+    if leave_out is not None:
+        return Provider(None, leave_out)
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return Provider(None, "Inductor needs Triton")
     # Compiled anew for each shape, as a user with one shape has it: Dynamo gives up after eight recompilations.
     torch.compiler.reset()
+    _keep_compiler()
     losses = eager_of(case, definition_of(case))
     return Provider(torch.compile(losses if isinstance(case, Matching) else _sum_alone(losses), dynamic=False))
 
 
 def ours(case: Case, backend: str, device: torch.device, definition: Definition) -> Provider:
+    """vicreg_fast on a backend, where it can be timed."""
     try:
         chosen = backends.choose(backend, device, (case.dtype,))
     except ValueError as error:
@@ -208,48 +216,57 @@ def ours(case: Case, backend: str, device: torch.device, definition: Definition)
     return Provider(ours_of(case, chosen, definition), None, definition)
 
 
-def _libraries(case: Case, device: torch.device) -> Iterator[tuple[str, Provider]]:
-    """Other libraries, each beside ours under the same definition."""
-    if isinstance(case, Matching):
-        return
-    local = isinstance(case, Local)
-    for name, library in (libraries.VICREGL if local else libraries.VICREG).items():
-        definition = library.definition
-        same = (definition.statistics, definition.match_order)
-        if isinstance(case, Local) and (case.statistics, case.match_order) != same:
-            continue  # another loss: its own case has its statistics
-        found = libraries.find(library, *([case.counts] if isinstance(case, Local) else []))
-        if isinstance(found, str):
-            yield name, Provider(None, found, definition)
-        else:
-            yield name, Provider(found, None, definition)
-            yield f"ours as {name}", ours(case, "auto", device, definition)
+def _library(case: Case, library: libraries.Library) -> Provider:
+    found = libraries.find(library, *([case.counts] if isinstance(case, Local) else []))
+    missing = isinstance(found, str)
+    return Provider(None if missing else found, found if missing else None, library.definition)  # type: ignore[arg-type]  # told apart by missing
 
 
-def providers(
-    case: Case, device: torch.device, wanted: Sequence[str] | None = None
-) -> Iterator[tuple[str, Provider]]:
-    """By name, who computes a case; ``wanted``: these alone."""
-    definition = definition_of(case)
+def _makers(
+    case: Case, device: torch.device, leave_out: str | None = None
+) -> dict[str, Callable[[], Provider]]:
+    """By name, what makes each provider of a case; nothing is imported or compiled before.
+
+    ``leave_out``: why ``torch.compile`` is.
+    """
     makers: dict[str, Callable[[], Provider]] = {
-        "eager": lambda: Provider(eager_of(case, definition)),
-        "compile": lambda: _compiled(case, device, wanted is not None and "compile" in wanted),
+        "eager": lambda: Provider(eager_of(case, definition_of(case))),
+        "compile": lambda: _compiled(case, device, leave_out),
     }
     if isinstance(case, Local):
-        published = functools.partial(eager_local, case, _cdist, definition=definition)
+        published = functools.partial(eager_local, case, _cdist, definition=definition_of(case))
         makers["cdist"] = lambda: Provider(published)
     elif isinstance(case, Matching):
         makers["cdist"] = lambda: Provider(functools.partial(_nearest, case, _cdist))
         makers["bmm"] = lambda: Provider(functools.partial(_nearest, case, _squares))
     for backend in ("aten", "triton"):
-        makers[backend] = functools.partial(ours, case, backend, device, definition)
-    for name, make in makers.items():
-        if wanted is None or name in wanted:
-            yield name, make()._replace(definition=definition)
-    if wanted is None or any(name not in PROVIDERS for name in wanted):
-        for name, provider in _libraries(case, device):
-            if wanted is None or name in wanted:
-                yield name, provider
+        makers[backend] = functools.partial(ours, case, backend, device, definition_of(case))
+    known = {Matching: {}, Local: libraries.VICREGL}.get(type(case), libraries.VICREG)
+    for name, library in known.items():
+        definition = library.definition
+        if isinstance(case, Local) and definition[4:] != (case.statistics, case.match_order):
+            continue  # another loss: a case of its own has its statistics
+        makers[name] = functools.partial(_library, case, library)
+        makers[f"ours as {name}"] = functools.partial(ours, case, "auto", device, definition)
+    return makers
+
+
+def providers(
+    case: Case, device: torch.device, wanted: Sequence[str] | None = None, late: bool = False
+) -> Iterator[tuple[str, Provider]]:
+    """By name, who computes a case; ``wanted``: these alone; ``late``: without what takes long to begin."""
+    leave_out = None
+    if wanted is None and (late or not case.compiled):
+        why = "no time is left" if case.compiled else "compiled at other shapes"
+        leave_out = f"{why}; --provider compile measures it"
+    absent = set()
+    for name, make in _makers(case, device, leave_out).items():
+        library = name.removeprefix("ours as ")
+        if (wanted is None or name in wanted) and library not in absent:
+            provider = make()
+            if name in LIBRARIES and provider.losses is None and wanted is None:
+                absent.add(name)  # nor is there anything to set beside it
+            yield name, provider._replace(definition=provider.definition or definition_of(case))
 
 
 class Evaluation(NamedTuple):

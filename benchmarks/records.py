@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from . import providers, report, timing
 from .cases import PARTS, Case
@@ -42,7 +43,9 @@ def recorded(entry: dict[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         memory = _for_memory(error)
-        words = str(error).strip().partition("\n")[0]
+        lines = str(error).strip().splitlines() or [""]
+        # A rank's failure ends with what it raised, others begin with it.
+        words = lines[-1 if isinstance(error, ProcessRaisedException) else 0].strip()
         entry["status"] = "out of memory" if memory else "error"
         entry["reason"] = words if memory else f"{type(error).__name__}: {words}"
 
@@ -51,7 +54,8 @@ def _for_memory(error: BaseException | None) -> bool:
     # A capture that runs out of memory fails a second time where it ends.
     while error is not None:
         # The CPU's allocator has no error of its own.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        words = ("can't allocate memory", "torch.OutOfMemoryError")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in words):
             return True
         error = error.__context__
     return False
@@ -59,7 +63,11 @@ def _for_memory(error: BaseException | None) -> bool:
 
 def provider_entry(provider: providers.Provider) -> dict[str, Any]:
     """What is written of a provider, to be filled."""
-    entry: dict[str, Any] = {"status": "right", "reason": None, "definition": provider.definition._asdict()}
+    entry: dict[str, Any] = {
+        "status": "right",
+        "reason": None,
+        "definition": (provider.definition or providers.DROP_IN)._asdict(),
+    }
     entry |= {"errors": None, "peak_bytes": None, "modes": {}}
     if provider.losses is None:
         entry.update(status="unavailable", reason=provider.reason)

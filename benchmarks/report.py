@@ -8,6 +8,7 @@ from .providers import LIBRARIES, OURS, PROVIDERS
 
 Record = dict[str, Any]
 MODES = ("graph", "launch")
+_ABSENT = {"status": "unavailable"}
 # What a suite's rows show of each step: its longest part.
 WHOLE = {"matching": "forward"}
 SUITES = {
@@ -53,8 +54,10 @@ def seconds(record: Record, name: str, mode: str, part: str | None = None) -> fl
 
 
 def ours(record: Record, mode: str) -> str | None:
-    """The name of our fastest backend that was timed: the one that is chosen there."""
-    return next((name for name in OURS if seconds(record, name, mode) is not None), None)
+    """The backend that "auto" takes there, if it was timed: another's time would not be ours."""
+    there = (name for name in OURS if record["providers"].get(name, _ABSENT)["status"] != "unavailable")
+    name = next(there, None)
+    return None if name is None or seconds(record, name, mode) is None else name
 
 
 def modes_of(record: Record) -> list[str]:
@@ -210,4 +213,6 @@ def table(document: Mapping[str, Any]) -> str:
         + rows_of(records, mode)
         for suite, mode, records in by_suite(document)
     ]
+    if not parts:
+        return "Nothing was timed."
     return "\n\n".join([*parts, "In brackets: asked; bold: less than that. –: not measured here."])

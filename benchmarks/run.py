@@ -22,9 +22,8 @@ from .timing import Bench, Effort, Times
 
 # Seconds that a run of all shapes may take, and a quick one: eight minutes and one, and some to start and to end.
 _BUDGET, _QUICK_BUDGET = 440.0, 45.0
-_TIMED = (
-    0.5  # the share that is timed; the rest is spent on inputs, the float64 truth, compilation and the gate
-)
+_TIMED = 0.5  # the share that is timed; the rest goes to inputs, the float64 truth, compilation and the gate
+_IDLE = 0.5  # processes that want a CPU
 
 
 class Options(NamedTuple):
@@ -41,25 +40,27 @@ class Options(NamedTuple):
 
 
 def measure(
-    case: Case, record: dict[str, Any], bench: Bench, effort: Effort, wanted: Sequence[str] | None = None
+    case: Case,
+    record: dict[str, Any],
+    bench: Bench,
+    effort: Effort,
+    wanted: Sequence[str] | None = None,
+    late: bool = False,
 ) -> None:
     """Gate and time every provider of a case; fills ``record``."""
     bench.free()
     inputs = [case.inputs(0, bench.device)]
     inputs += [case.inputs(seed, bench.device) for seed in range(1, bench.sets(tensor_bytes(*inputs[0])))]
-    truths: dict[Any, providers.Evaluation] = {}
+    truths: dict[Any, providers.Evaluation | Exception] = {}
     steps: dict[str, list[timing.Step]] = {}
-    for name, provider in providers.providers(case, bench.device, wanted):
+    for name, provider in providers.providers(case, bench.device, wanted, late):
         entry = record["providers"][name] = records.provider_entry(provider)
         if provider.losses is None:
             continue
         with records.recorded(entry):
-            if provider.definition not in truths:
-                truths[provider.definition] = providers.truth(case, provider.definition, inputs[0])
-                bench.free()
-            found = providers.errors(
-                providers.evaluate(case, provider.losses, inputs[0]), truths[provider.definition]
-            )
+            true = _truth(truths, case, provider, inputs[0])
+            bench.free()
+            found = providers.errors(providers.evaluate(case, provider.losses, inputs[0]), true)
             if not records.judged(entry, found, record["bound"]):
                 continue
             ready = [timing.Step(provider.losses, tensors) for tensors in inputs]
@@ -74,14 +75,32 @@ def measure(
         graphs: dict[str, list[timing.Graphs]] = {}
         for name, ready in steps.items():
             mode = records.mode_entry("graph", record["providers"][name])
-            true = truths[libraries.Definition(**record["providers"][name]["definition"])]
+            exact = truths[libraries.Definition(**record["providers"][name]["definition"])]
+            assert isinstance(exact, providers.Evaluation)
             with records.recorded(mode), timing.collected():
-                graphs[name] = _captured(case, ready, true, record["bound"], bench, mode)
+                graphs[name] = _captured(case, ready, exact, record["bound"], bench, mode)
             # A boolean mask waits for the host, and code that does so cannot be captured.
             if mode["status"] == "error" and name not in providers.OURS:
                 mode["status"] = "not captured"
         runs = {name: timing.replayed(bench, captured) for name, captured in graphs.items() if captured}
         _timed("graph", runs, record, bench, effort)
+
+
+def _truth(
+    truths: dict[Any, providers.Evaluation | Exception], case: Case, provider: providers.Provider, inputs: Any
+) -> providers.Evaluation:
+    """The float64 answer of a definition; where there is no memory for it, it is asked for once."""
+    assert provider.definition is not None
+    if provider.definition not in truths:
+        try:
+            truths[provider.definition] = providers.truth(case, provider.definition, inputs)
+        except Exception as error:
+            error.args = (f"float64 reference: {error}",)
+            truths[provider.definition] = error
+    found = truths[provider.definition]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _captured(
@@ -147,6 +166,12 @@ def chosen(options: Options, device: str) -> list[Case]:
     else:
         found = [case for case in CASES if device in case.devices]
     found = [case for case in found if not options.suites or case.suite in options.suites]
+    if options.providers is not None:
+        able = [case for case in found if set(providers.names_of(case)) & set(options.providers)]
+        if found and not able:
+            who = ", ".join(dict.fromkeys(name for case in found for name in providers.names_of(case)))
+            raise RefusedError(f"these shapes have no provider {', '.join(options.providers)}, only {who}")
+        found = able
     if not found:
         raise RefusedError(f"no shape of suite {', '.join(options.suites or ())} on {device} was asked for")
     return found
@@ -164,7 +189,7 @@ def _device(name: str | None) -> torch.device:
 
 def _begun(options: Options, document: results.Document, folder: Path) -> tuple[Path, results.Document] | None:
     """A result that was stopped and is of the same code, device and question."""
-    same = ("machine", "commit", "asked")
+    same = ("machine", "commit", "asked", "libraries")
     for path, other in reversed(results.kept(folder).items()):
         if not other["complete"] and not options.fresh and all(other[key] == document[key] for key in same):
             return path, other
@@ -209,13 +234,16 @@ def run(options: Options) -> int:
         "date": date.isoformat(timespec="seconds"),
         "command": options.command,
         "clocks": {"before": machine.clocks(device), "after": None},
+        "load": machine.load(),
         "ceilings": None,
     }
+    if device.type == "cpu" and (session["load"] or 0) > _IDLE:
+        print(f"the machine is not idle (load {session['load']}): times will be longer than they need be")
     document["sessions"].append(session)
     try:
         results.save(document, path)
         status = _run_cases(cases, document, path, options, device)
-        document["complete"] = True
+        document["complete"] = len(document["cases"]) == len(document["asked"]["shapes"])
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         status = 130
@@ -253,7 +281,7 @@ def _run_cases(
                 if isinstance(case, Distributed):
                     distributed.measure(case, record, session["ceilings"], device, effort, options.providers)
                 else:
-                    measure(case, record, bench, effort, options.providers)
+                    measure(case, record, bench, effort, options.providers, late=left == 0)
             record["seconds"] = time.perf_counter() - begin
             record["targets"] = report.judge(case, record, device.type)
             document["cases"].append(record)
@@ -261,4 +289,16 @@ def _run_cases(
             for line in records.failures(record):
                 status = 1
                 progress.write(f"  {case.name}: {line}")
+            if reason := _lost(bench):
+                progress.write(f"the device can no longer be used: {reason}; the same command goes on")
+                return 1
     return status
+
+
+def _lost(bench: Bench) -> str | None:
+    """Why nothing more can be measured in this process, as after an illegal access or a capture that was broken off."""
+    try:
+        bench.free()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return None

@@ -44,12 +44,14 @@ def _bench(device: str) -> Bench:
 def _step(case: Case, name: str, device: str) -> timing.Step | str:
     """A step that is right and warmed up, or why there is none."""
     bench = _bench(device)
+    _step.cache_clear()  # the one before would be kept until this one is there
     bench.free()
     provider = dict(providers.providers(case, bench.device, [name])).get(name)
     if provider is None or provider.losses is None:
         return "unavailable: " + (provider.reason or "" if provider else "has no such loss")
     inputs = case.inputs(0, bench.device)
     found = providers.evaluate(case, provider.losses, inputs)
+    assert provider.definition is not None
     true = providers.truth(case, provider.definition, inputs)
     if reason := providers.wrong(providers.errors(found, true), providers.BOUNDS[case.products]):
         return f"wrong: {reason}"

@@ -66,7 +66,7 @@ def played_result(faster: float = 1.0, device: str = "NVIDIA Played") -> results
         "complete": True,
         "commit": {"commit": "0123456789ab", "dirty": False, "changes": None, "reason": None},
         "machine": {
-            "device": device, "kind": "cuda", "capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20,
+            "device": device, "kind": "cuda", "index": 0, "capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20,
             "memory_bytes": 141 << 30, "cuda": "13.0", "hip": None, "torch": "2.13.0", "triton": "3.9.0",
             "python": "3.11.7", "platform": "Linux", "processor": "played", "threads": 16,
         },
@@ -74,7 +74,7 @@ def played_result(faster: float = 1.0, device: str = "NVIDIA Played") -> results
         "asked": {"shapes": [case.name for case in cases], "providers": None, "quick": False},
         "providers": providers.PROVIDERS,
         "sessions": [
-            {"date": "2026-01-01T00:00:00+00:00", "command": "none", "clocks": {"before": CLOCKS, "after": CLOCKS},
+            {"date": "2026-01-01T00:00:00+00:00", "command": "none", "load": 0.1, "clocks": {"before": CLOCKS, "after": CLOCKS},
              "ceilings": CEILINGS}
         ],
         "cases": [played_record(case, faster) for case in cases],

@@ -221,6 +221,22 @@ def test_a_comparison_marks_what_overlaps(path: Path) -> None:
     assert "~" not in cells[8]
 
 
+def test_two_runs_of_one_device_are_two_series(document: results.Document) -> None:
+    figure = figures.speedups([document, document])
+    assert figure is not None
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label[:2] for label in labels] == ["A:", "B:"]
+
+
+def test_sweeps_of_other_shapes_are_not_drawn_over_each_other(document: results.Document) -> None:
+    other = json.loads(json.dumps(document))
+    other["cases"] = [case for case in other["cases"] if case["shape"].get("D") != 2048]
+    figure = figures.scaling([document, other])
+    assert figure is not None
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert not [label for label in labels if label.startswith("B:")]
+
+
 def test_one_file_cannot_be_compared(path: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["report", "--compare", str(path)])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import distributed, machine, providers, records, report, results, run, timing
+from benchmarks import distributed, libraries, machine, providers, records, report, results, run, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case, Local, Matching, VICReg
 from vicreg_fast import reference
@@ -208,7 +209,7 @@ def test_case_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pyte
         finally:
             no_memory()
 
-    monkeypatch.setattr(timing.Bench, "free", chained)
+    monkeypatch.setattr(timing.Bench, "sets", chained)
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
     document = written(tmp_path)
     assert document["complete"]
@@ -231,10 +232,10 @@ def test_interruption_keeps_what_is_done(
 ) -> None:
     measure = run.measure
 
-    def interrupted(case: Case, *args: Any) -> None:
+    def interrupted(case: Case, *args: Any, **kwargs: Any) -> None:
         if case.name == TINY:
             raise KeyboardInterrupt
-        measure(case, *args)
+        measure(case, *args, **kwargs)
 
     monkeypatch.setattr(run, "measure", interrupted)
     arguments = ["run", "--device", "cpu", "--quick", "--out", str(tmp_path), "--shape", TINY, "8x16-highest"]
@@ -263,7 +264,7 @@ def test_interruption_keeps_what_is_done(
 def test_what_was_stopped_is_left_alone_where_it_is_of_other_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     measure = run.measure
@@ -288,6 +289,7 @@ def test_what_was_stopped_is_left_alone_where_it_is_of_other_code(
         ),
         (["--device", "cpu", "--provider", "numpy"], ["'numpy'", *providers.names()]),
         (["--device", "cpu", "--suite", "matching", "--shape", TINY], ["matching", "cpu"]),
+        (["--device", "cpu", "--provider", "bmm", "--shape", TINY], ["bmm", "eager", "aten"]),
         (["--device", "cuda:99"], ["'cuda:99'", "only cpu"]),
         (["--device", "nonsense"], ["'nonsense'", "only cpu"]),
     ],
@@ -305,7 +307,7 @@ def test_what_is_not_there_is_refused_with_what_is(
 
 
 def test_result_that_is_there_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "measure", lambda *args: None)
+    monkeypatch.setattr(run, "measure", lambda *args, **kwargs: None)
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     path.write_text("precious")
@@ -345,6 +347,74 @@ def test_help_states_the_exit_status(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "exit status: 0" in capsys.readouterr().out
+
+
+def test_a_device_that_is_lost_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    measure, free = run.measure, timing.Bench.free
+
+    def breaking(case: Case, *args: Any, **kwargs: Any) -> None:
+        measure(case, *args, **kwargs)
+
+        def lost(bench: timing.Bench) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(timing.Bench, "free", lost)
+
+    monkeypatch.setattr(run, "measure", breaking)
+    arguments = ["run", "--device", "cpu", "--quick", "--out", str(tmp_path), "--shape", TINY, "8x16-highest"]
+    assert main(arguments) == 1
+    assert "illegal memory access" in capsys.readouterr().out
+    document = written(tmp_path)
+    assert not document["complete"]
+    assert len(document["cases"]) == 1
+    monkeypatch.setattr(timing.Bench, "free", free)
+    monkeypatch.setattr(run, "measure", measure)
+    assert main(arguments) == 0
+    assert written(tmp_path)["complete"]
+
+
+def test_a_library_that_came_since_is_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", interrupted)
+        assert main([*ARGUMENTS, str(tmp_path)]) == 130
+    monkeypatch.setattr(libraries, "version", lambda name: "9.9")
+    monkeypatch.setattr(libraries, "find", lambda *args: "not really")
+    assert main([*ARGUMENTS, str(tmp_path)]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_late_is_not_compiled() -> None:
+    case = next(case for case in CASES if case.compiled)
+    found = dict(providers.providers(case, CPU, late=True))
+    assert "no time is left" in str(found["compile"].reason)
+    assert found["eager"].losses is not None
+
+
+def test_a_wrong_backend_is_not_replaced_by_the_other() -> None:
+    modes = {"graph": {"both": {"median": 1.0}}}
+    record: dict[str, Any] = {"suite": "vicreg", "providers": {"aten": {"status": "right", "modes": modes}}}
+    assert report.ours(record, "graph") == "aten"
+    record["providers"]["triton"] = {"status": "unavailable", "modes": {}}
+    assert report.ours(record, "graph") == "aten"
+    record["providers"]["triton"] = {"status": "wrong", "modes": {}}
+    assert report.ours(record, "graph") is None
+
+
+def test_a_failing_rank_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*args: Any, **kwargs: Any) -> None:
+        trace = "\n\n-- Process 0 terminated with the following error:\nTraceback:\n  x\n"
+        raise ProcessRaisedException(f"{trace}torch.OutOfMemoryError: CUDA out of memory\n", 0, 1)
+
+    monkeypatch.setattr(distributed.mp, "spawn", spawn)
+    name = "ranks-1024x256-highest"
+    assert main(["run", "--device", "cpu", "--quick", "--shape", name, "--out", str(tmp_path)]) == 0
+    (case,) = written(tmp_path)["cases"]
+    assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
 
 
 # The gate

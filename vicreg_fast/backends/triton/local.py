@@ -41,7 +41,8 @@ class _Matches:
         # Each direction has half of a loss, each of its two views half of that.
         w_inv, w_var, w_cov = (w * plan.averaged / 2 for w in plan.weights)
         self.factors = w_inv / (self.B * self.D), w_var / (2 * self.B * self.D), w_cov / (2 * self.B * self.D)
-        self.block_f = block_of(self.D, 32)
+        # With many rows 32 columns more of them do not fit registers.
+        self.block_f = block_of(self.D, 32 if self.block_n <= 32 else 16)
 
     def columns(self, most: int) -> int:
         """Columns of a program, no more than there are."""
