@@ -98,11 +98,17 @@ def _strip(side: int) -> int:
     return side if side < 256 else max(64, -(-side // 8))
 
 
+# Multiplications of a batch of products from which on it is worth waking other threads for: some us of one.
+_BATCHED = 1 << 17
+
+
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
     """Add scale * o o' (dual) or scale * o'o to M (p, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
     strip = _strip(M.shape[-1])
-    if strip == M.shape[-1]:
+    # A batch of products wakes every thread.  Two of 8x16 take 3 us one by one, and 8 ms together where other processes
+    # want the cores too.
+    if strip == M.shape[-1] and (len(M) > 2 or left.numel() * strip > _BATCHED):
         M.baddbmm_(left, left.mT, alpha=scale)
         return
     for m, a in zip(M.unbind(0), left.unbind(0), strict=True):
