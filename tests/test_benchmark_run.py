@@ -1,6 +1,8 @@
 """``python -m benchmarks run``, on a CPU and on a GPU that is played: what it writes, refuses and leaves out."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,18 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import distributed, libraries, machine, providers, records, report, results, run, timing
+from benchmarks import (
+    distributed,
+    libraries,
+    machine,
+    providers,
+    records,
+    report,
+    results,
+    run,
+    test_speed,
+    timing,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case, Local, Matching, VICReg
 from vicreg_fast import reference
@@ -646,6 +659,48 @@ def test_sets_exceed_the_cache_where_four_suffice() -> None:
     bench = timing.Bench(torch.device("cpu"))
     bench.cache_bytes = 50 << 20
     assert [bench.sets(size << 20) for size in (1, 16, 64, 600)] == [4, 4, 2, 2]
+
+
+# Under pytest-benchmark
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_pytest_collects_every_provider_of_every_shape(device: str) -> None:
+    class Metafunc:
+        class config:  # noqa: N801
+            @staticmethod
+            def getoption(name: str) -> str:
+                return device
+
+        @staticmethod
+        def parametrize(names: tuple[str, ...], values: list[Any]) -> None:
+            found.extend(values)
+
+    found: list[Any] = []
+    test_speed.pytest_generate_tests(Metafunc)  # type: ignore[arg-type]
+    assert len({value.id for value in found}) == len(found)
+    there = {(value.values[0].name, value.values[1], value.values[2]) for value in found}
+    for case in run.chosen(run.Options(), device):
+        for name in () if isinstance(case, distributed.Distributed) else providers.names_of(case):
+            for part in case.parts:
+                assert ((case.name, name, part) in there) == (name != "compile" or case.compiled)
+
+
+def test_pytest_writes_groups_and_what_they_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_speed.py"]
+    options = [
+        "--device",
+        "cpu",
+        "-k",
+        "8x16-highest and (eager or aten)",
+        f"--benchmark-json={tmp_path / 'a.json'}",
+    ]
+    ran = subprocess.run([*command, *options], cwd=machine.ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
+    assert {b["group"] for b in found} == {f"8x16-highest, {part}" for part in ("forward", "backward", "both")}
+    assert [b["extra_info"]["provider"] for b in found] == ["eager"] * 3 + ["aten"] * 3
+    assert all(b["stats"]["median"] > 0 and b["extra_info"]["shape"] == {"N": 8, "D": 16} for b in found)
 
 
 # Machine
