@@ -1,5 +1,6 @@
 """Who computes a case, under which definition, and who is right: a provider that is wrong gets no time."""
 
+import atexit
 import functools
 import gc
 import importlib
@@ -191,6 +192,7 @@ def _keep_compiler() -> None:
     """Import the compiler, whose objects every later garbage collection would go through in vain, 0.3 s each."""
     importlib.import_module("torch._inductor.compile_fx")
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or extensions complain of what is left when the interpreter ends
 
 
 def _compiled(case: Case, device: torch.device, leave_out: str | None) -> Provider:

@@ -6,6 +6,7 @@ how to read it.
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,8 +21,9 @@ from .memory import tensor_bytes
 from .results import RefusedError
 from .timing import Bench, Effort, Times
 
-# Seconds that a run of all shapes may take, and a quick one: eight minutes and one, and some to start and to end.
-_BUDGET, _QUICK_BUDGET = 440.0, 45.0
+# Seconds that a run of all shapes may take, and a quick one: on a GPU eight minutes and one, some being left to start and to
+# end; of a CPU, on which one step may take seven seconds, more.
+_BUDGET = {"cuda": (440.0, 45.0), "cpu": (800.0, 90.0)}
 _TIMED = 0.5  # the share that is timed; the rest goes to inputs, the float64 truth, compilation and the gate
 _IDLE = 0.5  # processes that want a CPU
 
@@ -265,7 +267,7 @@ def _run_cases(
     modes = 2 if bench.on_gpu else 1
     full = timing.QUICK if options.quick else timing.FULL
     asked = len(document["asked"]["shapes"])
-    end = time.perf_counter() + (_QUICK_BUDGET if options.quick else _BUDGET) * len(cases) / asked
+    end = time.perf_counter() + _BUDGET[device.type][options.quick] * len(cases) / asked
     status = 0
     # Where nobody watches, a line a shape instead of a bar.
     with tqdm(cases, unit="shape", disable=None) as progress:
@@ -277,7 +279,12 @@ def _run_cases(
             effort = full._replace(seconds=min(3 * full.seconds / modes, _TIMED * left / modes))
             record = records.new_record(case, session["ceilings"], len(document["sessions"]) - 1)
             begin = time.perf_counter()
-            with records.recorded(record), providers.products_of(case.precision, device):
+            with (
+                records.recorded(record),
+                providers.products_of(case.precision, device),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # Inductor has remarks on the machine and on torch
                 if isinstance(case, Distributed):
                     distributed.measure(case, record, session["ceilings"], device, effort, options.providers)
                 else:

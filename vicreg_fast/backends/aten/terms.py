@@ -106,15 +106,18 @@ def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
     """Add scale * o o' (dual) or scale * o'o to M (p, M, M); large ones on and below the diagonal only."""
     left = o if dual else o.mT
     strip = _strip(M.shape[-1])
-    # A batch of products wakes every thread.  Two of 8x16 take 3 us one by one, and 8 ms together where other processes
-    # want the cores too.
     if strip == M.shape[-1] and (len(M) > 2 or left.numel() * strip > _BATCHED):
         M.baddbmm_(left, left.mT, alpha=scale)
-        return
-    for m, a in zip(M.unbind(0), left.unbind(0), strict=True):
-        for top in range(0, M.shape[-1], strip):
-            bottom = min(top + strip, M.shape[-1])
-            m[top:bottom, :bottom].addmm_(a[top:bottom], a[:bottom].t(), alpha=scale)
+    elif strip == M.shape[-1]:
+        # A batch of products wakes every thread.  Two of 8x16 take 3 us one by one, and 8 ms together where other processes
+        # want the cores too.
+        for m, a in zip(M.unbind(), left.unbind(), strict=True):
+            m.addmm_(a, a.t(), alpha=scale)
+    else:
+        for m, a in zip(M.unbind(), left.unbind(), strict=True):
+            for top in range(0, M.shape[-1], strip):
+                bottom = min(top + strip, M.shape[-1])
+                m[top:bottom, :bottom].addmm_(a[top:bottom], a[:bottom].t(), alpha=scale)
 
 
 def _mirror(M: Tensor) -> None:
