@@ -25,7 +25,7 @@ from .timing import Bench, Effort, Times
 # end; of a CPU, on which one step may take seven seconds, more.
 _BUDGET = {"cuda": (440.0, 45.0), "cpu": (800.0, 90.0)}
 _TIMED = 0.5  # the share that is timed; the rest goes to inputs, the float64 truth, compilation and the gate
-_IDLE = 0.5  # processes that want a CPU
+_IDLE = 0.5  # processes that want a CPU, beside this one
 
 
 class Options(NamedTuple):
