@@ -241,9 +241,9 @@ FAMILIES = {
 def _few_programs(table: Table) -> Table:
     """Programs of the local loss have so few registers that there are many of them; the interpreter has as many as it likes."""
     return table._replace(
-        matching={kind: (Row(ANY, ANY, Matching(64, 64)),) for kind in table.matching},
-        local={kind: (Row(ANY, ANY, Local(64)),) for kind in table.local},
-        local_gradient=(Row(ANY, ANY, LocalGradient(128, 64)),),
+        matching={kind: (Row(ANY, ANY, Matching(64, 256)),) for kind in table.matching},
+        local={kind: (Row(ANY, ANY, Local(256)),) for kind in table.local},
+        local_gradient=(Row(ANY, ANY, LocalGradient(128, 256)),),
     )
 
 
