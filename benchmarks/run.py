@@ -98,7 +98,8 @@ def _truth(
             truths[provider.definition] = providers.truth(case, provider.definition, inputs)
         except Exception as error:
             error.args = (f"float64 reference: {error}",)
-            truths[provider.definition] = error
+            # Not its traceback, whose frames hold the tensors for which there was no memory.
+            truths[provider.definition] = error.with_traceback(None)
     found = truths[provider.definition]
     if isinstance(found, Exception):
         raise found
@@ -276,7 +277,7 @@ def _run_cases(
             if progress.disable:
                 print(f"{number + 1} of {len(cases)}: {case.name}", flush=True)
             left = max(0.0, end - time.perf_counter()) / (len(cases) - number)
-            effort = full._replace(seconds=min(3 * full.seconds / modes, _TIMED * left / modes))
+            effort = full._replace(seconds=min(full.seconds, _TIMED * left) / modes)
             record = records.new_record(case, session["ceilings"], len(document["sessions"]) - 1)
             begin = time.perf_counter()
             with (

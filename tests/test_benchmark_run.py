@@ -241,6 +241,31 @@ def test_no_memory_for_the_truth_is_written_down(tmp_path: Path, monkeypatch: py
     assert [found[name]["status"] for name in ("eager", "aten")] == 2 * ["out of memory"]
 
 
+def test_no_memory_for_the_truth_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames of what was raised hold the tensors that were there already."""
+    case = VICReg("highest", N=4, D=8)
+    calls: list[int] = []
+
+    def no_memory(*args: Any) -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(providers, "truth", no_memory)
+    truths: dict[Any, Any] = {}
+    provider = providers.Provider(providers.eager, None, providers.DROP_IN)
+    inputs = case.inputs(0, CPU)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="float64 reference: CUDA out of memory"):
+            run._truth(truths, case, provider, inputs)
+    (kept,) = truths.values()
+    tb, names = kept.__traceback__, []
+    while tb is not None:
+        names.append(tb.tb_frame.f_code.co_name)
+        tb = tb.tb_next
+    assert "no_memory" not in names
+    assert len(calls) == 1
+
+
 def test_interruption_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

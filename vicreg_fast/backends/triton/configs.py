@@ -239,7 +239,10 @@ FAMILIES = {
 
 
 def _few_programs(table: Table) -> Table:
-    """Programs of the local loss have so few registers that there are many of them; the interpreter has as many as it likes."""
+    """Programs of the local loss have so few registers that there are many of them; the interpreter has as many as it likes.
+
+    Of 256 channels or columns at a time: two rounds of the 512 that tests go up to, where 64 took eight.
+    """
     return table._replace(
         matching={kind: (Row(ANY, ANY, Matching(64, 256)),) for kind in table.matching},
         local={kind: (Row(ANY, ANY, Local(256)),) for kind in table.local},
