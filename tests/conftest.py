@@ -28,8 +28,31 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests of the kernels say so again (test_triton.py); to all others this is a machine without a GPU.
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
+        from triton.runtime import interpreter
+
+        make_the_language_interpreted_once_a_launch(interpreter)
     del os.environ["TRITON_INTERPRET"]
+
+
+def make_the_language_interpreted_once_a_launch(interpreter: Any) -> None:
+    """Half of the interpreter's time is replacing the language's functions, which it does at each device function's call.
+
+    It is needed once for every module that kernels lie in: they stay replaced until the launch ends.
+    """
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: dict[int, Any] = {}
+
+    def replace_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module not in replaced:
+            replaced[module] = replace(function)
+        return replaced[module]
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launch_anew
 
 
 @pytest.fixture(autouse=True)
