@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import (
     distributed,
     libraries,
     machine,
     providers,
-    records,
     report,
     results,
     run,
@@ -30,9 +25,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, Case, Local, Matching, VICReg
-from vicreg_fast import reference
-from vicreg_fast.precision import round_operand
+from benchmarks.cases import CASES, Case, VICReg
 
 from .played_result import CEILINGS
 
@@ -454,237 +447,6 @@ def test_a_failing_rank_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert main(["run", "--device", "cpu", "--quick", "--shape", name, "--out", str(tmp_path)]) == 0
     (case,) = written(tmp_path)["cases"]
     assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
-
-
-# The gate
-
-
-@pytest.mark.parametrize(("products", "refused"), [("highest", True), ("high", False)])
-def test_gate_tells_tf32_from_float32(products: str, refused: bool) -> None:
-    case = VICReg(products, N=256, D=512)
-    inputs = case.inputs(0, CPU)
-
-    def rounded(z: Tensor) -> Tensor:
-        c = z - z.mean(0)
-        return c + (round_operand(c.detach(), "tf32") - c.detach())
-
-    found = providers.evaluate(case, lambda x, y: providers.eager(rounded(x), rounded(y)), inputs)
-    # The invariance is taken from the centred views here, which changes its value a little: not what is judged.
-    values = {"cov-loss": found.values["cov-loss"]}
-    judged = providers.Evaluation(values, {"cov-loss": found.gradients["cov-loss"]})
-    true = providers.truth(case, providers.DROP_IN, inputs)
-    reason = providers.wrong(providers.errors(judged, true), providers.BOUNDS[products])
-    assert (reason is not None) == refused, reason
-
-
-GATED: list[Case] = [VICReg(products, N=N, D=256) for products in providers.BOUNDS for N in (64, 513)]
-GATED += [
-    Local(products, B=3, patches=(20, 9), C=64, matches=matches, statistics=statistics)
-    for products in providers.BOUNDS
-    for matches, statistics in (((5, 4), "image"), (None, "slot"))
-]
-GATED += [Matching(products, B=3, patches=(70, 50), C=64, matches=20) for products in providers.BOUNDS]
-
-
-@pytest.mark.parametrize("case", GATED, ids=lambda case: case.name)
-def test_gate_lets_those_pass_that_are_right(case: Case) -> None:
-    inputs = case.inputs(3, CPU)
-    true = providers.truth(case, providers.definition_of(case), inputs)
-    for name, provider in providers.providers(case, CPU, ["eager", "cdist", "bmm", "aten"]):
-        assert provider.losses is not None, name
-        found = providers.errors(providers.evaluate(case, provider.losses, inputs), true)
-        assert providers.wrong(found, providers.BOUNDS[case.products]) is None, name
-
-
-def test_gate_refuses_matches_that_are_not_the_nearest() -> None:
-    case = Matching("highest", B=3, patches=(70, 50), C=64, matches=20)
-    inputs = case.inputs(3, CPU)
-    true = providers.truth(case, providers.DROP_IN, inputs)
-
-    def another(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        found = providers.eager_of(case, providers.DROP_IN)(x, y)
-        candidate = found["candidate"].clone()
-        candidate[1, 7] = (candidate[1, 7] + 1) % 50
-        return {**found, "candidate": candidate}
-
-    found = providers.errors(providers.evaluate(case, another, inputs), true)
-    assert "chosen" in str(providers.wrong(found, providers.BOUNDS["bf16"]))
-
-
-def test_inputs_have_matches_that_are_told_apart() -> None:
-    case = Local("highest", B=4, patches=(49, 49), C=512, matches=(20, 20))
-    x, y, *_ = case.inputs(0, CPU)
-    d = reference.distances(x.detach().double(), y.detach().double()).min(-1).values.sort(-1).values
-    assert ((d[:, 20] - d[:, 19]) / d[:, 19]).min() > 1e-4  # the last that is chosen, and the first that is not
-
-
-def test_torch_multiplies_in_the_shape_s_precision_and_is_left_as_it_was() -> None:
-    matmul, device = torch.backends.cuda.matmul, torch.device("cuda")
-    before = matmul.fp32_precision
-    for precision, setting in (("high", "tf32"), ("highest", "ieee"), (None, "ieee")):
-        with providers.products_of(precision, device):
-            assert matmul.fp32_precision == setting
-            # What Inductor reads: it raises where only the newer of torch's two interfaces was used.
-            assert torch.get_float32_matmul_precision() == ("high" if setting == "tf32" else "highest")
-        assert matmul.fp32_precision == before
-
-
-# Timing
-
-
-def test_rounds_are_interleaved_and_a_run_that_fails_is_left_out() -> None:
-    order: list[str] = []
-
-    def turn(name: str, last: int = 99) -> Callable[[int], dict[str, timing.Times]]:
-        def run(number: int) -> dict[str, timing.Times]:
-            order.append(f"{name}{number}")
-            if number == last:
-                raise RuntimeError
-            return {"both": timing.Times([float(number)], [0.0])}
-
-        return run
-
-    def attempt(name: str, call: timing.Call) -> bool:
-        try:
-            call()
-        except RuntimeError:
-            return False
-        return True
-
-    runs = {"a": turn("a"), "b": turn("b", last=1), "c": turn("c")}
-    found = timing.interleaved(runs, timing.Effort(3, 3, 0.0), attempt)
-    assert order == ["a0", "b0", "c0", "b1", "c1", "a1", "a2", "c2", "c3", "a3"]
-    assert list(found) == ["a", "c"]
-    assert [parts["both"].device for parts in found.values()] == 2 * [[1.0, 2.0, 3.0]]
-
-
-def test_quantiles_are_those_of_the_sample() -> None:
-    assert timing.quantiles([6, 2, 4, 3, 5, 1]) == {"q20": 2, "median": 3.5, "q80": 5}
-    assert timing.quantiles([7]) == {"q20": 7, "median": 7, "q80": 7}
-
-
-class PlayedGraph:
-    """A CUDA graph on the CPU: remembers the operators of a capture, and repeats them into the same memory."""
-
-    forgets = 0  # operators left out of a replay
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for operator, args, kwargs, out in self.calls[: len(self.calls) - self.forgets]:
-            again = operator(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor):
-                    old.copy_(new)
-
-
-@contextmanager
-def played_capture(graph: PlayedGraph, **_: Any) -> Iterator[None]:
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, operator: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            out = operator(*args, **(kwargs or {}))
-            graph.calls.append((operator, args, kwargs or {}, out))
-            return out
-
-    with Recorder():
-        yield
-
-
-class PlayedEvent:
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, later: "PlayedEvent") -> float:
-        return (later.at - self.at) * 1e3
-
-
-@pytest.fixture
-def played_gpu(monkeypatch: pytest.MonkeyPatch) -> timing.Bench:
-    """A bench that takes the CPU for a GPU."""
-
-    @contextmanager
-    def stream(_: Any) -> Iterator[None]:
-        yield
-
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            pass
-
-    class Properties:
-        L2_cache_size = 1 << 16
-
-    played: dict[str, Any] = {
-        "CUDAGraph": PlayedGraph,
-        "graph": played_capture,
-        "graph_pool_handle": lambda: None,
-        "stream": stream,
-        "current_stream": Stream,
-        "Stream": lambda device: Stream(),
-        "Event": lambda enable_timing: PlayedEvent(),
-        "synchronize": lambda *args: None,
-        "set_device": lambda device: None,
-        "empty_cache": lambda: None,
-        "get_device_properties": lambda device: Properties,
-        "reset_peak_memory_stats": lambda device: None,
-        "memory_allocated": lambda device: 100,
-        "max_memory_allocated": lambda device: 100 + 3 * 64 * 64 * 4,
-    }
-    for name, value in played.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(timing, "is_gpu", lambda device: True)
-    return timing.Bench(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", [TINY, "vicregl-2x4x8-m2-highest", "matching-64x49x512-m20-highest"])
-@pytest.mark.parametrize("forgets", [0, 1], ids=["whole", "one operator left out"])
-def test_graphs_are_judged_and_timed(
-    forgets: int, name: str, played_gpu: timing.Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PlayedGraph, "forgets", forgets)
-    case = NAMED[name]
-    record = records.new_record(case, CEILINGS, 0)
-    # A GPU's products are not what a CPU plays: only those who compute as a CPU does are asked.
-    run.measure(case, record, played_gpu, timing.QUICK, ["eager", "aten"])
-    for provider in ("eager", "aten"):
-        entry = record["providers"][provider]
-        if name == TINY:
-            assert entry["peak_bytes"] == 64 * 64 * 4  # three times a view, less two gradients
-        launch, graph = entry["modes"]["launch"], entry["modes"]["graph"]
-        assert launch["status"] == "timed"
-        whole = report.part_of(record)
-        assert launch[whole]["median"] >= launch["host"][whole]["median"] > 0
-        if forgets:
-            assert graph["status"] == "wrong"
-            assert graph[whole] is None
-        else:
-            assert graph["status"] == "timed", graph["reason"]
-            assert {len(graph[part]) for part in case.parts} == {3}
-
-
-def test_what_waits_for_the_host_has_no_graph(
-    played_gpu: timing.Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def no_capture(*_: Any, **__: Any) -> Iterator[None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "graph", no_capture)
-    record = records.new_record(NAMED[TINY], CEILINGS, 0)
-    run.measure(NAMED[TINY], record, played_gpu, timing.QUICK, ["eager", "aten"])
-    found = {name: entry["modes"]["graph"]["status"] for name, entry in record["providers"].items()}
-    assert found == {"eager": "not captured", "aten": "error"}  # ours can be captured: it is a defect
-    assert all(entry["modes"]["launch"]["status"] == "timed" for entry in record["providers"].values())
-
-
-def test_sets_exceed_the_cache_where_four_suffice() -> None:
-    bench = timing.Bench(torch.device("cpu"))
-    bench.cache_bytes = 50 << 20
-    assert [bench.sets(size << 20) for size in (1, 16, 64, 600)] == [4, 4, 2, 2]
 
 
 # Under pytest-benchmark
