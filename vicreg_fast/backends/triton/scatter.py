@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import scatter as kernels
-from .configs import Machine, launch_options
+from .configs import INTERPRETER, Machine, launch_options
 from .launch import Products, Views, block_of
 
-# Patches, matches at a time and columns of a program.
-_PATCHES, _MATCHES, _COLUMNS = 64, 32, 32
+# Patches, matches at a time and columns of a program; the interpreter wants few programs.
+_PATCHES, _MATCHES, _COLUMNS, _COLUMNS_INTERPRETED = 64, 32, 32, 128
 
 
 def scatter(
@@ -39,7 +39,7 @@ def scatter(
         (0, 3) if which == 0 else (1, 1)
     )  # of the four views as kernels/rows.py has them; of two, the one
     block_p = block_of(patches, _PATCHES)
-    block_d = block_of(D, _COLUMNS)
+    block_d = block_of(D, _COLUMNS_INTERPRETED if machine == INTERPRETER else _COLUMNS)
     tiles = -(-patches // block_p) * -(-D // block_d)
     kernels._scatter_backward_kernel[(images * tiles,)](
         grads, views.index, total, m, patches, D, first, step, image_stride, match_stride, P * N,

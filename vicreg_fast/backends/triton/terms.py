@@ -13,7 +13,7 @@ from ...kernels import moments as moments_kernels
 from ...kernels import second_moment as second_moment_kernels
 from ...multiview import Plan
 from ...rows import FEW_SAMPLES, uses_dual
-from .configs import Key, Machine, Moments, Product, Split, choose, launch_options, split
+from .configs import INTERPRETER, Key, Machine, Moments, Product, Split, choose, launch_options, split
 from .launch import Products, Views
 
 # Of a program of the combination: parts at a time, and elements of a tile.  Its registers hold both: the most that no
@@ -74,6 +74,13 @@ class _Forward:
         count = -(-side // config.tile)
         return count * (count + 1) // 2
 
+    def combination(self, product: Product, parts: Split) -> tuple[int, int]:
+        """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
+        block_c, elements = _MANY_PARTS if parts.parts > 8 else _FEW_PARTS
+        if self.machine == INTERPRETER:  # it has as many registers as it likes
+            return block_c, product.tile // 2
+        return block_c, max(1, elements // product.tile)
+
     def dual(self) -> None:
         views, products = self.views, self.products
         P, N, D = self.shape
@@ -100,7 +107,7 @@ class _Forward:
         tiles = self.tiles(N, product)
         parts = split(V * P * tiles, D, product, self.machine.processors, whole_tiles=True)
         rest = V * P * tiles - parts.whole
-        _, block_r = _combination(product, parts)
+        _, block_r = self.combination(product, parts)
         found = parts.whole + rest * (product.tile // block_r)
         found_sums = self.empty(found, 2, dtype=torch.float64)
         partial = self.empty(rest * parts.parts, product.tile, product.tile)
@@ -141,7 +148,7 @@ class _Forward:
             second_moment_kernels._second_moment_forward_kernel[(programs * parts.parts,)](
                 *arguments, tiles, parts.parts, parts.length, *views.strides, **options
             )
-        _, block_r = _combination(product, parts)
+        _, block_r = self.combination(product, parts)
         found_sums = self.empty(V * P * tiles * (product.tile // block_r), 2, dtype=torch.float64)
         # Neither is read on this side: energy is the dual's.
         self.combine(product, parts, tiles, partial, sums, sums, found_sums, inv_sums, 0)
@@ -160,7 +167,7 @@ class _Forward:
     ) -> None:
         """Add the parts of split products; ``sums`` is read on the primal side, ``energy`` on the dual."""
         P, N, D = self.shape
-        block_c, block_r = _combination(product, parts)
+        block_c, block_r = self.combination(product, parts)
         strips = len(found_sums) - parts.whole
         combine_kernels._combine_forward_kernel[(strips,)](
             partial, sums, energy, self.moments, self.M, found_sums, term_sums, self.ticket, *self.outputs,
@@ -170,9 +177,3 @@ class _Forward:
             BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c,
             **launch_options(self.machine, warps=4),
         )  # fmt: skip
-
-
-def _combination(product: Product, parts: Split) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
-    block_c, elements = _MANY_PARTS if parts.parts > 8 else _FEW_PARTS
-    return block_c, max(1, elements // product.tile)
