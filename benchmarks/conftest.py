@@ -4,23 +4,24 @@ import pytest
 import torch
 
 from . import machine, report
+from .results import RefusedError
 
 MemoryRows = list[tuple[str, int | None, int, int]]  # name, eager's and our bytes, bytes allowed
 _MEMORY = pytest.StashKey[MemoryRows]()
+DEVICE = pytest.StashKey[torch.device]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.addoption("--device", default=default, help="device of test_speed.py (default: %(default)s)")
+    parser.addoption("--device", help="device of test_speed.py (default: cuda where there is one)")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MEMORY] = []
-    device = config.getoption("--device")
-    there = machine.devices()
-    if device not in there and f"{device}:0" not in there:
-        raise pytest.UsageError(f"no device {device!r} here, only {', '.join(there)}")
+    try:
+        config.stash[DEVICE] = machine.device(config.getoption("--device"))
+    except RefusedError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The distributed suite: a process a rank, statistics over the rows of all ranks.
 
-Eager code gathers every rank's rows, with gradient, and computes the loss of all of them on every rank.  A step's time is
-that of its slowest rank, from a barrier until its device is done.
+Eager code gathers every rank's rows, with gradient, and computes the loss of all of them on every rank.  A step begins at a
+barrier, is timed on every rank as in mode launch of one device, and its time and peak memory are the largest of any rank.
 """
 
 import math
@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -24,9 +24,10 @@ from vicreg_fast import VICRegLoss
 
 from . import providers, records, report
 from .cases import CASES, PARTS, Case, Distributed
+from .libraries import Losses
 from .memory import tensor_bytes
-from .providers import DROP_IN, Losses, Provider
-from .timing import Bench, Effort, Times
+from .providers import DROP_IN, Provider
+from .timing import Bench, Effort, Step, Times
 
 _CPU_RANKS = 2
 _TIMEOUT = timedelta(seconds=120)  # no rank waits longer for one that has failed
@@ -120,16 +121,26 @@ def _measured(
 ) -> dict[str, Any]:
     bench = Bench(device)
     entries: dict[str, Any] = {}
-    steps: dict[str, Callable[[], list[float]]] = {}
+    steps: dict[str, list[Step]] = {}
+    inputs = [case.inputs(rank, device)]
+    sets = bench.sets(tensor_bytes(*inputs[0]))
+    inputs += [case.inputs(rank + number * ranks, device) for number in range(1, sets)]
     for name, provider in _providers(case, device, wanted).items():
         entry = entries[name] = records.provider_entry(provider)
         if provider.losses is None:
             continue
-        right = records.judged(
-            entry, _errors(case, provider.losses, rank, ranks, device), providers.BOUNDS[case.products]
-        )
-        if right:
-            steps[name] = _step(provider.losses, case.inputs(rank, device), bench, entry)
+        with records.recorded(entry):
+            found = _errors(case, provider.losses, rank, ranks, device)
+        # What a rank raised the others must know, or they would wait for it; of one they say its words.
+        if reasons := [reason for reason in _gathered(entry["reason"], ranks) if reason is not None]:
+            entry["status"] = max(
+                _gathered(entry["status"], ranks), key=("right", "out of memory", "error").index
+            )
+            entry["reason"] = reasons[0]
+        elif records.judged(entry, found, providers.BOUNDS[case.products]):
+            steps[name] = [Step(provider.losses, tensors) for tensors in inputs]
+            peaks = _gathered(steps[name][0].peak_bytes(bench.peak_bytes), ranks)
+            entry["peak_bytes"].update({part: max(peak[part] for peak in peaks) for part in peaks[0]})
     samples: dict[str, list[list[float]]] = {name: [] for name in steps}
     begin, rounds, go_on = time.perf_counter(), -1, bool(steps)
     while go_on:
@@ -137,7 +148,14 @@ def _measured(
         order = list(steps)
         first = rounds % len(order)
         for name in order[first:] + order[:first]:
-            slowest = torch.tensor(steps[name](), dtype=torch.float64, device=device)
+            step = steps[name][rounds % sets]
+            if not bench.on_gpu:  # as in timing.launched; every time, because ranks must do the same
+                step.both()
+                step.clear()
+            dist.barrier()
+            seconds = bench.time(step.parts, idle=True).device
+            step.clear()
+            slowest = torch.tensor([*seconds, sum(seconds)], dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             samples[name].append(slowest.tolist())
         # The first rank's clock decides for all.
@@ -156,21 +174,8 @@ def _measured(
     return entries
 
 
-def _step(losses: Losses, inputs: Any, bench: Bench, entry: dict[str, Any]) -> Callable[[], list[float]]:
-    """A step that gives the seconds of forward, backward and both on this rank."""
-
-    def step() -> list[float]:
-        dist.barrier()
-        bench.synchronize()
-        start = time.perf_counter()
-        loss = losses(*inputs)["loss"]
-        bench.synchronize()
-        middle = time.perf_counter()
-        torch.autograd.grad(loss, inputs)
-        bench.synchronize()
-        end = time.perf_counter()
-        return [middle - start, end - middle, end - start]
-
-    step()
-    entry["peak_bytes"] = bench.peak_bytes(step) - tensor_bytes(*inputs)
-    return step
+def _gathered(mine: Any, ranks: int) -> list[Any]:
+    """What every rank has."""
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, mine)
+    return every

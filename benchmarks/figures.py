@@ -239,10 +239,10 @@ def memory(documents: Sequence[Document]) -> Figure | None:
     shapes = report.asked_of(document) or [record["name"] for record in document["cases"]]
     for record in document["cases"]:
         us = report.ours(record, mode)
-        peaks = {name: record["providers"].get(name, {}).get("peak_bytes") for name in ("eager", us)}
+        peaks = {name: report.peak(record, name) for name in ("eager", us) if name is not None}
         if record["name"] in shapes and us is not None and all(peaks.values()):
             for name, peak in peaks.items():
-                series.setdefault("eager" if name == "eager" else "vicreg_fast", {})[record["name"]] = peak
+                series.setdefault("eager" if name == "eager" else "vicreg_fast", {})[record["name"]] = peak or 0
     if not series:
         return None
     rows = list(series["eager"])
@@ -261,7 +261,8 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     """Achieved operations per second over operations per byte, under the ceilings that the run measured."""
     (document, *_) = documents
     mode = report.mode_of(document)
-    ceilings = document["sessions"][-1]["ceilings"]
+    # A run that was continued found them once more: nearly the same.
+    ceilings = next((found for s in reversed(document["sessions"]) if (found := s["ceilings"])), None)
     points: dict[str, list[tuple[float, float]]] = {}
     for record in document["cases"]:
         us = report.ours(record, mode)
@@ -315,8 +316,11 @@ FIGURES: dict[str, Callable[[Sequence[Document]], Figure | None]] = {
 }
 
 
-def save(draw: Callable[[], Figure | None], folder: Path, name: str) -> list[Path]:
-    """A figure on both grounds, ``<name>-light.png`` and ``<name>-dark.png``; nothing where there is nothing to draw."""
+def save(draw: Callable[[], Figure | None], folder: Path, name: str, source: str = "") -> list[Path]:
+    """A figure on both grounds, ``<name>-light.png`` and ``<name>-dark.png``; nothing where there is nothing to draw.
+
+    ``source`` is written into the files, as PNG's key of that name.
+    """
     paths = []
     for theme in _THEMES:
         with _theme(theme):
@@ -325,7 +329,7 @@ def save(draw: Callable[[], Figure | None], folder: Path, name: str) -> list[Pat
                 return []
             path = folder / f"{name}-{theme}.png"
             # No date and no version in the file: the same result gives the same bytes on one machine.
-            figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+            figure.savefig(path, dpi=_DPI, metadata={"Software": None, "Source": source})
             plt.close(figure)
             paths.append(path)
     return paths

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Losses = Callable[..., dict[str, Tensor]]
+Losses = Callable[..., dict[str, Tensor]]  # from a case's inputs; "loss" is what is differentiated
 
 
 class Definition(NamedTuple):

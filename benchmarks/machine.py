@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .results import RefusedError
+
 ROOT = Path(__file__).resolve().parent.parent
 # Measured results are no change of what was measured.
 _RESULTS = ":!benchmarks/results"
@@ -41,6 +43,17 @@ def devices() -> dict[str, str]:
     return found | {f"cuda:{k}": torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())}
 
 
+def device(name: str | None) -> torch.device:
+    """A device by its name, None: the first GPU, or the CPU where there is none; :class:`RefusedError` for what is not there."""
+    there = devices()
+    if name is None:
+        name = "cuda" if "cuda:0" in there else "cpu"
+    full = name if name in there else f"{name}:0"
+    if full not in there:
+        raise RefusedError(f"no device {name!r} here, only {', '.join(there)}")
+    return torch.device(full)
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -62,6 +75,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": devices()[str(device)],
         "kind": device.type,
         "index": device.index,
+        "uuid": None,
         "capability": None,
         "multiprocessors": None,
         "l2_bytes": None,
@@ -74,16 +88,26 @@ def machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        # What changes the kernels' configurations.
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("VICREG_FAST_")
+        },
     }
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         found |= {
+            "uuid": _uuid(device),
             "capability": f"{about.major}.{about.minor}",
             "multiprocessors": about.multi_processor_count,
             "l2_bytes": about.L2_cache_size,
             "memory_bytes": about.total_memory,
         }
     return found
+
+
+def _uuid(device: torch.device) -> str | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else f"GPU-{uuid}"
 
 
 def load() -> float | None:
@@ -100,8 +124,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {**unknown, "reason": "no GPU is measured"}
     # torch numbers the visible devices, nvidia-smi all of them: the identifier is the same for both.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = f"GPU-{uuid}" if uuid is not None else str(device.index)
+    which = _uuid(device) or str(device.index)
     query = f"--query-gpu={','.join(_QUERY.values())}"
     try:
         line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", which).strip()
@@ -130,10 +153,12 @@ def commit() -> dict[str, Any]:
     git = ("git", "-C", str(ROOT))
     try:
         head = _output(*git, "rev-parse", "--short=12", "HEAD").strip()
-        # Files that git does not know are named, not read.
-        changes = _output(*git, "status", "--porcelain", "--", ".", _RESULTS).strip()
-        changes += _output(*git, "diff", "HEAD", "--", ".", _RESULTS).strip()
-        digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
+        changes = _output(*git, "diff", "HEAD", "--", ".", _RESULTS).encode()
+        unknown = _output(*git, "ls-files", "--others", "--exclude-standard", "-z", "--", ".", _RESULTS)
+        for name in filter(None, unknown.split("\0")):
+            path = ROOT / name
+            changes += name.encode() + (path.read_bytes() if path.is_file() else b"")
+        digest = hashlib.sha256(changes).hexdigest()[:12] if changes else None
         return {"commit": head, "dirty": bool(changes), "changes": digest, "reason": None}
     except OSError as error:
         return {"commit": None, "dirty": None, "changes": None, "reason": str(error)}

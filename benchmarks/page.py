@@ -168,10 +168,14 @@ def _libraries(document: Document) -> str:
 
 
 def _memory(records: Sequence[Record]) -> str:
-    names = list(dict.fromkeys(name for record in records for name, p in record["providers"].items() if p["peak_bytes"] is not None))  # fmt: skip
+    names = list(
+        dict.fromkeys(
+            name for record in records for name in record["providers"] if report.peak(record, name) is not None
+        )
+    )
     rows = []
     for record in records:
-        peaks = [record["providers"].get(name, {}).get("peak_bytes") for name in names]
+        peaks = [report.peak(record, name) for name in names]
         rows.append([record["name"], *("" if peak is None else size(peak) for peak in peaks)])
     return report.markdown(["shape", *names], rows) if names else ""
 
@@ -200,7 +204,7 @@ def comparison(documents: Sequence[Document]) -> Iterator[str]:
     Marked where the quantiles of both overlap: then the difference says nothing.
     """
     yield "# VICReg: " + " against ".join(document["machine"]["device"] for document in documents)
-    marks = [chr(ord("A") + k) for k in range(len(documents))]
+    marks = figures.marks(documents)
     yield "\n".join(
         f"- **{mark}**: {figures.label(document)}" for mark, document in zip(marks, documents, strict=True)
     )
@@ -266,7 +270,8 @@ def readme_memory(document: Document) -> str:
     for record in document["cases"]:
         us = report.ours(record, mode)
         if record["name"] in names and us is not None:
-            eager, mine = (record["providers"][who]["peak_bytes"] for who in ("eager", us))
+            eager, mine = (report.peak(record, who) for who in ("eager", us))
+            assert mine is not None
             ratio = "" if eager is None else f"{eager / mine:.1f}x"
             rows.append(
                 [record["title"], record["name"], "" if eager is None else size(eager), size(mine), ratio]
@@ -293,7 +298,9 @@ def _write_readme(document: Document, path: Path) -> int:
     text = between(README.read_text(), "speed table", readme_speed(document, path))
     README.write_text(between(text, "memory table", readme_memory(document)))
     names = report.asked_of(document)
-    drawn = figures.save(lambda: figures.speedups([document], names), machine.ROOT / "docs", "speed")
+    drawn = figures.save(
+        lambda: figures.speedups([document], names), machine.ROOT / "docs", "speed", document["sha256"]
+    )
     print(f"{README}, {', '.join(str(path.relative_to(machine.ROOT)) for path in drawn)}")
     return 0
 

@@ -17,9 +17,8 @@ from vicreg_fast import VICRegLLoss, VICRegLoss, backends, functional, reference
 
 from . import libraries
 from .cases import Case, Distributed, Inputs, Local, Matching
-from .libraries import Definition
+from .libraries import Definition, Losses
 
-Losses = Callable[..., dict[str, Tensor]]  # from a case's inputs; "loss" is what is differentiated
 Gradients = dict[str, tuple[Tensor, ...]]
 
 PROVIDERS = {
@@ -34,6 +33,7 @@ PROVIDERS = {
 }
 LIBRARIES = tuple(dict.fromkeys([*libraries.VICREG, *libraries.VICREGL]))
 OURS = ("triton", "aten")  # whose time is ours: of the first that has one
+_OURS_AS = "ours as "  # and the name of the library whose definition it takes
 DROP_IN = Definition(25.0, 15.0, 1.0, 0.0)  # VICRegLoss's and VICRegLLoss's defaults
 # What an error may be, relative to the size of the result, before a provider gets no time.  Seen on the shapes of
 # cases.py (fewer rows at 64 features), on a CPU that rounds as a GPU does, of values and gradients:
@@ -56,7 +56,12 @@ class Provider(NamedTuple):
 
 def names() -> list[str]:
     """What ``--provider`` takes."""
-    return [*PROVIDERS, *LIBRARIES, *(f"ours as {library}" for library in LIBRARIES)]
+    return [*PROVIDERS, *LIBRARIES, *(_OURS_AS + library for library in LIBRARIES)]
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is this library that computes."""
+    return name in OURS or name.startswith(_OURS_AS)
 
 
 def names_of(case: Case) -> list[str]:
@@ -249,7 +254,7 @@ def _makers(
         if isinstance(case, Local) and definition[4:] != (case.statistics, case.match_order):
             continue  # another loss: a case of its own has its statistics
         makers[name] = functools.partial(_library, case, library)
-        makers[f"ours as {name}"] = functools.partial(ours, case, "auto", device, definition)
+        makers[_OURS_AS + name] = functools.partial(ours, case, "auto", device, definition)
     return makers
 
 
@@ -263,7 +268,7 @@ def providers(
         leave_out = f"{why}; --provider compile measures it"
     absent = set()
     for name, make in _makers(case, device, leave_out).items():
-        library = name.removeprefix("ours as ")
+        library = name.removeprefix(_OURS_AS)
         if (wanted is None or name in wanted) and library not in absent:
             provider = make()
             if name in LIBRARIES and provider.losses is None and wanted is None:
@@ -309,7 +314,9 @@ def _as_one_loss(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def evaluate(case: Case, losses: Losses, inputs: Inputs) -> Evaluation:
     """What a provider finds, in memory that was full of NaN: an element that it leaves unwritten is seen."""
     full_of_nan = [torch.full_like(z, math.nan) for z in 2 * inputs]
-    del full_of_nan
+    # And of the sizes of buffers: the allocator keeps small blocks apart.
+    small = [torch.full((1 << k,), math.nan, device=inputs[0].device) for k in range(7, 19) for _ in range(4)]
+    del full_of_nan, small
     results = _as_one_loss(losses(*inputs))
     wanted = differentiated(inputs)
     judged = [name for name in _JUDGED if name in results and wanted]

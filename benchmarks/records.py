@@ -53,8 +53,13 @@ def recorded(entry: dict[str, Any]) -> Iterator[None]:
 def _for_memory(error: BaseException | None) -> bool:
     # A capture that runs out of memory fails a second time where it ends.
     while error is not None:
-        # The CPU's allocator has no error of its own.
-        words = ("can't allocate memory", "torch.OutOfMemoryError")
+        # The CPU's allocator has no error of its own; nor have the driver, as where a graph is made, and cuBLAS.
+        words = (
+            "can't allocate memory",
+            "torch.OutOfMemoryError",
+            "out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+        )
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in words):
             return True
         error = error.__context__
@@ -68,7 +73,7 @@ def provider_entry(provider: providers.Provider) -> dict[str, Any]:
         "reason": None,
         "definition": (provider.definition or providers.DROP_IN)._asdict(),
     }
-    entry |= {"errors": None, "peak_bytes": None, "modes": {}}
+    entry |= {"errors": None, "peak_bytes": dict.fromkeys(PARTS), "modes": {}}
     if provider.losses is None:
         entry.update(status="unavailable", reason=provider.reason)
     return entry

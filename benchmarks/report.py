@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .cases import Case
-from .providers import LIBRARIES, OURS, PROVIDERS
+from .providers import OURS, PROVIDERS
+from .providers import names as provider_names
 
 Record = dict[str, Any]
 MODES = ("graph", "launch")
@@ -51,6 +52,12 @@ def seconds(record: Record, name: str, mode: str, part: str | None = None) -> fl
     """The median."""
     found = times(record, name, mode, part)
     return None if found is None else found["median"]
+
+
+def peak(record: Record, name: str) -> int | None:
+    """A provider's peak memory in the part that a record is compared by; None where it was not measured."""
+    found: int | None = record["providers"].get(name, {}).get("peak_bytes", {}).get(part_of(record))
+    return found
 
 
 def ours(record: Record, mode: str) -> str | None:
@@ -160,7 +167,6 @@ def _ratio(judged: Mapping[str, Any] | None, unit: str = "x") -> str:
 
 def _timed_names(records: Sequence[Record], mode: str) -> list[str]:
     """The providers that were timed, or failed, in a mode, in order."""
-    names = [*PROVIDERS, *LIBRARIES, *(f"ours as {name}" for name in LIBRARIES)]
     shown = ("right", "wrong", "error", "out of memory")
 
     def there(record: Record, name: str) -> bool:
@@ -171,7 +177,7 @@ def _timed_names(records: Sequence[Record], mode: str) -> list[str]:
             and (bool(entry["modes"]) or entry["status"] != "right")
         )
 
-    return [name for name in names if any(there(record, name) for record in records)]
+    return [name for name in provider_names() if any(there(record, name) for record in records)]
 
 
 def rows_of(records: Sequence[Record], mode: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 
-SCHEMA, VERSION = "vicreg_fast.benchmark", 2
+SCHEMA, VERSION = "vicreg_fast.benchmark", 3
 RESULTS = Path(__file__).resolve().parent / "results"
 Document = dict[str, Any]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed, libraries, machine, providers, records, report, results, timing
@@ -25,6 +26,8 @@ from .timing import Bench, Effort, Times
 # end; of a CPU, on which one step may take seven seconds, more.
 _BUDGET = {"cuda": (440.0, 45.0), "cpu": (800.0, 90.0)}
 _TIMED = 0.5  # the share that is timed; the rest goes to inputs, the float64 truth, compilation and the gate
+# What torch.compile may take, and a shape without it: who comes when less is left is not compiled.
+_COMPILATION, _SHAPE = 30.0, 2.0
 _IDLE = 0.5  # processes that want a CPU, beside this one
 
 
@@ -66,9 +69,7 @@ def measure(
             if not records.judged(entry, found, record["bound"]):
                 continue
             ready = [timing.Step(provider.losses, tensors) for tensors in inputs]
-            peak = bench.peak_bytes(ready[0].both) - tensor_bytes(*ready[0].gradients)
-            ready[0].clear()
-            entry["peak_bytes"] = peak
+            entry["peak_bytes"].update(ready[0].peak_bytes(bench.peak_bytes))
             steps[name] = ready
     runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
     _timed("launch", runs, record, bench, effort)
@@ -77,12 +78,16 @@ def measure(
         graphs: dict[str, list[timing.Graphs]] = {}
         for name, ready in steps.items():
             mode = records.mode_entry("graph", record["providers"][name])
+            launched = record["providers"][name]["modes"]["launch"]
+            if launched["status"] != "timed":
+                mode.update(status=launched["status"], reason=launched["reason"])
+                continue
             exact = truths[libraries.Definition(**record["providers"][name]["definition"])]
             assert isinstance(exact, providers.Evaluation)
             with records.recorded(mode), timing.collected():
                 graphs[name] = _captured(case, ready, exact, record["bound"], bench, mode)
             # A boolean mask waits for the host, and code that does so cannot be captured.
-            if mode["status"] == "error" and name not in providers.OURS:
+            if mode["status"] == "error" and not providers.is_ours(name):
                 mode["status"] = "not captured"
         runs = {name: timing.replayed(bench, captured) for name, captured in graphs.items() if captured}
         _timed("graph", runs, record, bench, effort)
@@ -114,22 +119,33 @@ def _captured(
     bench: Bench,
     entry: dict[str, Any],
 ) -> list[timing.Graphs]:
-    """Graphs of every set; none where those of the first, which is judged, are wrong."""
+    """Graphs of every set, none where those of one are wrong; each was replayed once, as the first time takes longer.
+
+    The first set's are judged by the truth, the others' by what the step, which was judged, finds without a graph.
+    """
     pool = torch.cuda.graph_pool_handle()
     captured: list[timing.Graphs] = []
     for number, step in enumerate(steps):
+        if number > 0:
+            step.both()
+            true = _found(case, step.results, step.gradients, step)
+            step.clear()
         graphs = timing.Graphs(step, pool, bench.stream)
-        if number == 0:
-            for outputs in graphs.replayed():
-                values = providers.values_of(case, outputs.results, step.inputs)
-                gradients = {"loss": outputs.gradients} if outputs.gradients else {}
-                found = providers.Evaluation(values, gradients)
-                if reason := providers.wrong(providers.errors(found, true), bound):
-                    entry.update(status="wrong", reason=reason)
-                    return []
+        for outputs in graphs.replayed():
+            found = _found(case, *outputs, step)
+            if reason := providers.wrong(providers.errors(found, true), bound):
+                entry.update(status="wrong", reason=reason)
+                return []
         graphs.forget()
         captured.append(graphs)
     return captured
+
+
+def _found(
+    case: Case, results: dict[str, Tensor], gradients: tuple[Tensor, ...], step: timing.Step
+) -> providers.Evaluation:
+    values = providers.values_of(case, results, step.inputs)
+    return providers.Evaluation(values, {"loss": gradients} if gradients else {})
 
 
 def _timed(
@@ -180,28 +196,22 @@ def chosen(options: Options, device: str) -> list[Case]:
     return found
 
 
-def _device(name: str | None) -> torch.device:
-    there = machine.devices()
-    if name is None:
-        name = "cuda" if "cuda:0" in there else "cpu"
-    full = name if name in there else f"{name}:0"
-    if full not in there:
-        raise RefusedError(f"no device {name!r} here, only {', '.join(there)}")
-    return torch.device(full)
-
-
-def _begun(options: Options, document: results.Document, folder: Path) -> tuple[Path, results.Document] | None:
-    """A result that was stopped and is of the same code, device and question."""
+def _begun(
+    options: Options, document: results.Document, driver: str | None, folder: Path
+) -> tuple[Path, results.Document] | None:
+    """A result that was stopped and is of the same code, device, driver and question."""
     same = ("machine", "commit", "asked", "libraries")
     for path, other in reversed(results.kept(folder).items()):
-        if not other["complete"] and not options.fresh and all(other[key] == document[key] for key in same):
+        drivers = {session["clocks"]["before"]["driver"] for session in other["sessions"]}
+        alike = drivers == {driver} and all(other[key] == document[key] for key in same)
+        if alike and not other["complete"] and not options.fresh:
             return path, other
     return None
 
 
 def run(options: Options) -> int:
     """Measure, write and print; the exit status.  Raises :class:`RefusedError` for an argument that cannot be met."""
-    device = _device(options.device)
+    device = machine.device(options.device)
     cases = chosen(options, device.type)
     about, commit = machine.machine(device), machine.commit()
     folder = Path(options.out) if options.out else results.RESULTS
@@ -222,7 +232,8 @@ def run(options: Options) -> int:
         "sessions": [],
         "cases": [],
     }
-    begun = _begun(options, document, folder)
+    clocks = machine.clocks(device)
+    begun = _begun(options, document, clocks["driver"], folder)
     if begun is None:
         path = results.reserve(folder, about["device"], f"{date:%Y-%m-%d}", commit, options.quick)
         print(
@@ -236,7 +247,7 @@ def run(options: Options) -> int:
     session: dict[str, Any] = {
         "date": date.isoformat(timespec="seconds"),
         "command": options.command,
-        "clocks": {"before": machine.clocks(device), "after": None},
+        "clocks": {"before": clocks, "after": None},
         "load": machine.load(),
         "ceilings": None,
     }
@@ -276,7 +287,9 @@ def _run_cases(
             progress.set_description(case.name)
             if progress.disable:
                 print(f"{number + 1} of {len(cases)}: {case.name}", flush=True)
-            left = max(0.0, end - time.perf_counter()) / (len(cases) - number)
+            remaining = end - time.perf_counter()
+            left = max(0.0, remaining) / (len(cases) - number)
+            late = remaining < _COMPILATION + _SHAPE * (len(cases) - number)
             effort = full._replace(seconds=min(full.seconds, _TIMED * left) / modes)
             record = records.new_record(case, session["ceilings"], len(document["sessions"]) - 1)
             begin = time.perf_counter()
@@ -289,7 +302,7 @@ def _run_cases(
                 if isinstance(case, Distributed):
                     distributed.measure(case, record, session["ceilings"], device, effort, options.providers)
                 else:
-                    measure(case, record, bench, effort, options.providers, late=left == 0)
+                    measure(case, record, bench, effort, options.providers, late)
             record["seconds"] = time.perf_counter() - begin
             record["targets"] = report.judge(case, record, device.type)
             document["cases"].append(record)

@@ -16,7 +16,7 @@ from vicreg_fast.rows import uses_dual
 from . import providers
 from .cases import CASES, DTYPES, Case, Inputs, Local, VICReg
 from .conftest import MemoryRows
-from .memory import peak_bytes, tensor_bytes
+from .memory import peak_bytes
 from .timing import Step
 
 
@@ -96,9 +96,7 @@ def test_memory(case: Case, benchmark: BenchmarkFixture, memory_table: MemoryRow
     # Eager code is measured where it is compared with: it takes its time at the others.
     for backend in ("reference", "auto") if case in ASKED else ("auto",):
         step = Step(losses_of(case, backend), inputs)
-        sizes[backend] = peak_bytes(step.both) - tensor_bytes(
-            *inputs[:2]
-        )  # the gradients are of the inputs' size
+        sizes[backend] = step.peak_bytes(peak_bytes)["both"]
     benchmark.extra_info.update(eager_bytes=sizes.get("reference"), bytes=sizes["auto"], allowed_bytes=allowed)
     benchmark.pedantic(lambda: None, rounds=1)  # type: ignore[no-untyped-call]  # the figures are in extra_info; there is no time to report
     memory_table.append((case.name, sizes.get("reference"), sizes["auto"], allowed))

@@ -15,12 +15,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import providers, timing
 from .cases import CASES, Case, Distributed
+from .conftest import DEVICE
 from .timing import Bench
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The shapes of the device that --device names; several ranks are measured by ``python -m benchmarks run`` alone."""
-    device = torch.device(metafunc.config.getoption("--device"))
+    device = metafunc.config.stash[DEVICE]
     chosen = [
         pytest.param(case, name, part, id=f"{case.name}-{part}-{name.replace(' ', '-')}")
         for case in CASES
@@ -36,12 +37,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor has remarks on the
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(device: str) -> Bench:
-    return Bench(torch.device(device))
+def _bench(device: torch.device) -> Bench:
+    return Bench(device)
 
 
 @functools.lru_cache(maxsize=1)  # of the parts of one provider, which follow each other
-def _step(case: Case, name: str, device: str) -> timing.Step | str:
+def _step(case: Case, name: str, device: torch.device) -> timing.Step | str:
     """A step that is right and warmed up, or why there is none."""
     bench = _bench(device)
     _step.cache_clear()  # the one before would be kept until this one is there
@@ -61,7 +62,7 @@ def _step(case: Case, name: str, device: str) -> timing.Step | str:
 @pytest.fixture
 def precision(case: Case, request: pytest.FixtureRequest) -> Iterator[None]:
     """Torch's own products as the case has them."""
-    with providers.products_of(case.precision, torch.device(request.config.getoption("--device"))):
+    with providers.products_of(case.precision, request.config.stash[DEVICE]):
         yield
 
 
@@ -69,7 +70,7 @@ def precision(case: Case, request: pytest.FixtureRequest) -> Iterator[None]:
 def test_speed(
     case: Case, name: str, part: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> None:
-    device = request.config.getoption("--device")
+    device = request.config.stash[DEVICE]
     step = _step(case, name, device)
     if isinstance(step, str):
         (pytest.fail if step.startswith("wrong") else pytest.skip)(step)

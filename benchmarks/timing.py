@@ -25,7 +25,8 @@ from torch import Tensor
 
 from . import memory
 from .cases import PARTS, Inputs
-from .providers import Losses, differentiated, products_of
+from .libraries import Losses
+from .providers import differentiated, products_of
 
 Call = Callable[[], object]
 _CPU_CACHE = 1 << 25  # no interface tells a CPU's: 32 MiB, a common size of the last level
@@ -108,15 +109,17 @@ class Bench:
         marks = self._marks[: len(calls) + 1]
         return Times([a.elapsed_time(b) * 1e-3 for a, b in pairwise(marks)], host)
 
-    def peak_bytes(self, call: Call) -> int:
-        """Most bytes allocated at once during a call beyond those before it."""
+    def peak_bytes(self, *calls: Call) -> list[int]:
+        """Most bytes allocated at once during each of the calls, one after the other, beyond those before the first."""
         if not self.on_gpu:
-            return memory.peak_bytes(call)
+            return memory.peak_bytes(*calls)
         self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        call()
-        return torch.cuda.max_memory_allocated(self.device) - before
+        before, peaks = torch.cuda.memory_allocated(self.device), []
+        for call in calls:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            call()
+            peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
+        return peaks
 
     def sets(self, set_bytes: int) -> int:
         """How many sets of inputs exceed the cache; two at least, so that they rotate, four at most."""
@@ -158,6 +161,19 @@ class Step:
         for part in self.parts:
             part()
 
+    def peak_bytes(self, measure: Callable[..., list[int]]) -> dict[str, int]:
+        """By part, the most bytes held at once beyond the inputs, and in the backward pass beyond the gradients too.
+
+        Both: the larger.  Before the backward pass there are no gradients that could be taken off.
+        """
+        peaks = measure(*self.parts)
+        gradients = memory.tensor_bytes(*self.gradients)
+        self.clear()
+        if len(peaks) == 1:
+            return {"forward": peaks[0]}
+        forward, backward = peaks[0], peaks[1] - gradients
+        return {"forward": forward, "backward": backward, "both": max(forward, backward)}
+
     def clear(self) -> None:
         """Free the results."""
         self.results, self.gradients = {}, ()
@@ -177,23 +193,25 @@ class Graphs:
     """
 
     def __init__(self, step: Step, pool: Any, stream: torch.cuda.Stream) -> None:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step.both()
-        step.clear()
-
         def captured(*calls: Call) -> torch.cuda.CUDAGraph:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                for call in calls:
-                    call()
+            current = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    for call in calls:
+                        call()
+            finally:  # a capture that fails leaves its stream the current one
+                torch.cuda.set_stream(current)
             return graph
 
-        parts = [captured(part) for part in step.parts]
-        self._ways = [(parts, _outputs(step))]
-        if len(parts) > 1:
-            self._ways.append(([captured(step.both)], _outputs(step)))
+        try:
+            _warm_up(step, stream)
+            parts = [captured(part) for part in step.parts]
+            self._ways = [(parts, _outputs(step))]
+            if len(parts) > 1:
+                self._ways.append(([captured(step.both)], _outputs(step)))
+        finally:
+            step.clear()
 
     @property
     def ways(self) -> list[list[Call]]:
@@ -215,6 +233,22 @@ class Graphs:
     def forget(self) -> None:
         """Let other graphs of the pool have the results' memory."""
         self._ways = [(graphs, Outputs({}, ())) for graphs, _ in self._ways]
+
+
+def _warm_up(step: Step, stream: torch.cuda.Stream) -> None:
+    """Run twice on the stream of the capture; raises where the host waits for the device, as no capture may.
+
+    A capture that is broken off is worse: torch 2.11 frees no memory afterwards, and the process is of no more use.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step.both()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.both()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _outputs(step: Step) -> Outputs:
@@ -251,11 +285,13 @@ def launched(bench: Bench, steps: Sequence[Step]) -> Callable[[int], dict[str, T
     def run(number: int) -> dict[str, Times]:
         nonlocal warm_up
         step = steps[number % len(steps)]
-        if warm_up:
-            step.both()
+        try:
+            if warm_up:
+                step.both()
+                step.clear()
+            times = bench.time(step.parts, idle=True)
+        finally:  # what was raised on the way leaves the forward pass's memory
             step.clear()
-        times = bench.time(step.parts, idle=True)
-        step.clear()
         warm_up = not bench.on_gpu and sum(times.host) < 1
         return _parts([times, Times([sum(times.device)], [sum(times.host)])])
 

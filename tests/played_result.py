@@ -41,9 +41,10 @@ def played_record(case: Case, faster: float = 1.0) -> dict[str, Any]:
         entry = record["providers"][name] = records.provider_entry(
             providers.Provider(lambda *_: {}, None, providers.definition_of(case))
         )
-        entry["peak_bytes"] = 10 * case.elements * (9 if name == "eager" else 1)
+        entry["peak_bytes"] |= dict.fromkeys(case.parts, 10 * case.elements * (9 if name == "eager" else 1))
         if name == "compile" and not case.compiled:
-            entry.update(status="unavailable", reason="compiled at other shapes only", peak_bytes=None)
+            entry.update(status="unavailable", reason="compiled at other shapes only")
+            entry["peak_bytes"] = dict.fromkeys(PARTS)
             continue
         factor, least = SPEED[name]
         for mode, extra in (("launch", least), ("graph", 5e-6)):
@@ -66,9 +67,9 @@ def played_result(faster: float = 1.0, device: str = "NVIDIA Played") -> results
         "complete": True,
         "commit": {"commit": "0123456789ab", "dirty": False, "changes": None, "reason": None},
         "machine": {
-            "device": device, "kind": "cuda", "index": 0, "capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20,
+            "device": device, "kind": "cuda", "index": 0, "uuid": "GPU-0", "capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20,
             "memory_bytes": 141 << 30, "cuda": "13.0", "hip": None, "torch": "2.13.0", "triton": "3.9.0",
-            "python": "3.11.7", "platform": "Linux", "processor": "played", "threads": 16,
+            "python": "3.11.7", "platform": "Linux", "processor": "played", "threads": 16, "environment": {},
         },
         "libraries": {name: libraries.version(name) for name in providers.LIBRARIES},
         "asked": {"shapes": [case.name for case in cases], "providers": None, "quick": False},

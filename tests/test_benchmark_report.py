@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from benchmarks import figures, page, report, results
+from benchmarks import figures, machine, page, report, results
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Distributed
 
@@ -56,7 +57,7 @@ REFUSED = {
     "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "no JSON"),
     "a list": (lambda path: path.write_text("[]"), "its schema is None"),
     "another file": (lambda path: path.write_text('{"schema": "other"}'), "its schema is 'other'"),
-    "version 1": (edited(lambda d: d.update(version=1), again=True), "version 1 of the schema; version 2 is read"),
+    "version 1": (edited(lambda d: d.update(version=1), again=True), "version 1 of the schema; version 3 is read"),
     "a faster time": (
         edited(lambda d: d["cases"][5]["providers"]["triton"]["modes"]["graph"]["both"].update(median=1e-9)),
         "was edited",
@@ -262,6 +263,9 @@ def test_readme_shows_what_its_result_file_holds() -> None:
     assert document["complete"]
     assert page.between(text, "speed table") == page.readme_speed(document, path)
     assert page.between(text, "memory table") == page.readme_memory(document)
+    for theme in ("light", "dark"):
+        pixels = Image.open(machine.ROOT / "docs" / f"speed-{theme}.png")
+        assert pixels.info["Source"] == document["sha256"], "the figure is of another result"
 
 
 def test_every_kept_result_can_be_read_and_was_measured() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Case, VICReg
+from benchmarks.conftest import DEVICE
 
 from .played_result import CEILINGS
 
@@ -59,7 +61,7 @@ def written(folder: Path) -> dict[str, Any]:
 def test_result_holds_the_machine_and_the_times(tmp_path: Path, capsys: Capture) -> None:
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
     document = written(tmp_path)
-    assert (document["schema"], document["version"], document["complete"]) == ("vicreg_fast.benchmark", 2, True)
+    assert (document["schema"], document["version"], document["complete"]) == ("vicreg_fast.benchmark", 3, True)
     (session,) = document["sessions"]
     assert session["command"] == " ".join(("python -m benchmarks", *ARGUMENTS, str(tmp_path)))
     assert session["date"].endswith("+00:00")
@@ -80,7 +82,7 @@ def test_result_holds_the_machine_and_the_times(tmp_path: Path, capsys: Capture)
         entry = case["providers"][name]
         assert entry["status"] == "right"
         assert 0 < max(entry["errors"].values()) < case["bound"]
-        assert entry["peak_bytes"] > 0
+        assert all(size > 0 for size in entry["peak_bytes"].values())
         (mode,) = entry["modes"].values()
         assert (mode["status"], mode["rounds"], mode["host"]) == ("timed", 2, None)
         for part in ("forward", "backward", "both"):
@@ -407,6 +409,28 @@ def test_a_device_that_is_lost_ends_the_run(
     assert written(tmp_path)["complete"]
 
 
+@pytest.mark.parametrize("what", ["driver", "card", "configuration"])
+def test_another_driver_card_or_configuration_is_another_question(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    assert main([*ARGUMENTS, str(tmp_path)]) == 130
+    about, clocks = machine.machine(CPU), machine.clocks(CPU)
+    if what == "driver":
+        monkeypatch.setattr(machine, "clocks", lambda device: clocks | {"driver": "1.2"})
+    elif what == "card":
+        monkeypatch.setattr(machine, "machine", lambda device: about | {"uuid": "GPU-1"})
+    else:
+        monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
+    assert main([*ARGUMENTS, str(tmp_path)]) == 130
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main([*ARGUMENTS, str(tmp_path)]) == 130  # the second goes on
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_library_that_came_since_is_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -418,6 +442,17 @@ def test_a_library_that_came_since_is_another_question(tmp_path: Path, monkeypat
     monkeypatch.setattr(libraries, "find", lambda *args: "not really")
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_compilation_begins_that_may_not_end_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: dict[float, bool] = {}
+    monkeypatch.setattr(run, "measure", lambda *args: late.update({run._BUDGET["cpu"][1]: args[-1]}))
+    for seconds in (30.0, 40.0):  # and a shape may take two
+        monkeypatch.setattr(run, "_BUDGET", {"cpu": (0.0, seconds)})
+        assert main([*ARGUMENTS, str(tmp_path)]) == 0
+    assert late == {30.0: True, 40.0: False}
 
 
 def test_what_is_late_is_not_compiled() -> None:
@@ -454,18 +489,10 @@ def test_a_failing_rank_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_pytest_collects_every_provider_of_every_shape(device: str) -> None:
-    class Metafunc:
-        class config:  # noqa: N801
-            @staticmethod
-            def getoption(name: str) -> str:
-                return device
-
-        @staticmethod
-        def parametrize(names: tuple[str, ...], values: list[Any]) -> None:
-            found.extend(values)
-
     found: list[Any] = []
-    test_speed.pytest_generate_tests(Metafunc)  # type: ignore[arg-type]
+    config = SimpleNamespace(stash={DEVICE: torch.device(device)})
+    metafunc = SimpleNamespace(config=config, parametrize=lambda names, values: found.extend(values))
+    test_speed.pytest_generate_tests(metafunc)  # type: ignore[arg-type]
     assert len({value.id for value in found}) == len(found)
     there = {(value.values[0].name, value.values[1], value.values[2]) for value in found}
     for case in run.chosen(run.Options(), device):
@@ -507,6 +534,27 @@ def test_missing_tools_are_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -
     commit = machine.commit()
     assert commit["commit"] is None
     assert "git" in commit["reason"]
+
+
+def test_a_device_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no other."""
+    monkeypatch.setattr(machine, "devices", lambda: {"cpu": "a", "cuda:0": "b", "cuda:1": "c"})
+    found = {name: machine.device(name) for name in (None, "cuda", "cuda:1", "cpu")}
+    assert [str(device) for device in found.values()] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    assert torch.cuda._utils._get_device_index(found["cuda"]) == 0  # type: ignore[attr-defined]
+
+
+def test_files_that_git_does_not_know_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "first")):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    seen = [machine.commit()]
+    for text in ("a", "b"):
+        (tmp_path / "new.py").write_text(text)
+        seen.append(machine.commit())
+    assert [found["dirty"] for found in seen] == [False, True, True]
+    assert len({found["changes"] for found in seen}) == 3
 
 
 def test_a_line_of_nvidia_smi() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import records, report, run, timing
+from benchmarks import memory, providers, records, report, run, timing
 from benchmarks.cases import CASES
 
 from .played_result import CEILINGS
@@ -115,6 +115,9 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> timing.Bench:
         "Stream": lambda device: Stream(),
         "Event": lambda enable_timing: PlayedEvent(),
         "synchronize": lambda *args: None,
+        "set_stream": lambda stream: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
         "set_device": lambda device: None,
         "empty_cache": lambda: None,
         "get_device_properties": lambda device: Properties,
@@ -141,7 +144,9 @@ def test_graphs_are_judged_and_timed(
     for provider in ("eager", "aten"):
         entry = record["providers"][provider]
         if name == TINY:
-            assert entry["peak_bytes"] == 64 * 64 * 4  # three times a view, less two gradients
+            # Three times a view; of the backward pass less two gradients.
+            expected = {"forward": 3 * 64 * 64 * 4, "backward": 64 * 64 * 4, "both": 3 * 64 * 64 * 4}
+            assert entry["peak_bytes"] == expected
         launch, graph = entry["modes"]["launch"], entry["modes"]["graph"]
         assert launch["status"] == "timed"
         whole = report.part_of(record)
@@ -152,6 +157,121 @@ def test_graphs_are_judged_and_timed(
         else:
             assert graph["status"] == "timed", graph["reason"]
             assert {len(graph[part]) for part in case.parts} == {3}
+
+
+def test_graphs_of_every_set_are_judged(played_gpu: timing.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = torch.cuda.CUDAGraph
+
+    class LaterForgets(PlayedGraph):
+        """Of the second set: three graphs a set and provider."""
+
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            LaterForgets.made += 1
+            self.forgets = int(LaterForgets.made > 3)
+
+    assert played is PlayedGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", LaterForgets)
+    monkeypatch.setattr(timing.Bench, "sets", lambda bench, size: 2)
+    record = records.new_record(NAMED[TINY], CEILINGS, 0)
+    run.measure(NAMED[TINY], record, played_gpu, EFFORT, ["aten"])
+    assert record["providers"]["aten"]["modes"]["graph"]["status"] == "wrong"
+
+
+def test_what_waits_for_the_host_is_not_captured(
+    played_gpu: timing.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that is broken off would end the run: torch 2.11 is of no use after it."""
+    modes: list[Any] = [0]
+
+    def waiting(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return providers.eager(x, y)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(providers, "eager_of", lambda *args: waiting)
+    monkeypatch.setattr(torch.cuda, "graph", pytest.fail)
+    record = records.new_record(NAMED[TINY], CEILINGS, 0)
+    run.measure(NAMED[TINY], record, played_gpu, EFFORT, ["eager"])
+    graph = record["providers"]["eager"]["modes"]["graph"]
+    assert graph["status"] == "not captured"
+    assert "synchronizing" in graph["reason"]
+    assert modes[-1] == 0
+
+
+@pytest.mark.parametrize("mode", ["launch", "graph"])
+def test_who_fails_keeps_no_memory(
+    mode: str, played_gpu: timing.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[timing.Step] = []
+    backward = timing.Step.backward
+
+    def failing(step: timing.Step) -> None:
+        if step in kept:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        backward(step)
+
+    def timed(bench: timing.Bench, steps: list[timing.Step]) -> Any:
+        kept.extend(steps)
+        return launched(bench, steps)
+
+    launched = timing.launched
+    if mode == "launch":
+        monkeypatch.setattr(timing, "launched", timed)
+    else:
+        monkeypatch.setattr(timing, "_warm_up", lambda step, stream: kept.append(step))
+    monkeypatch.setattr(timing.Step, "backward", failing)
+    record = records.new_record(NAMED[TINY], CEILINGS, 0)
+    run.measure(NAMED[TINY], record, played_gpu, EFFORT, ["aten"])
+    modes = record["providers"]["aten"]["modes"]
+    assert modes[mode]["status"] == modes["graph"]["status"] == "out of memory"
+    assert all(step.results == {} for step in kept)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling",
+    ],
+)
+def test_no_memory_has_many_words(words: str) -> None:
+    entry: dict[str, Any] = {}
+    with records.recorded(entry):
+        raise RuntimeError(words)
+    assert entry["status"] == "out of memory"
+
+
+def test_peak_memory_is_that_of_each_part() -> None:
+    """Forward three views, of which it keeps one; backward two more, the gradients, and one beside them."""
+    bytes_of_a_view = 4 << 16
+    n = bytes_of_a_view // 4
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            first, second, third = x + 1, y + 1, x + y
+            ctx.save_for_backward(first)
+            return (first + second + third).sum()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            (first,) = ctx.saved_tensors
+            a, b = torch.empty(n), torch.empty(n)
+            beside = first + 1
+            return a.fill_(1), b.copy_(beside)
+
+    inputs = (torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True))
+    step = timing.Step(lambda x, y: {"loss": Kept.apply(x, y)}, inputs)
+    found = step.peak_bytes(memory.peak_bytes)
+    views = {part: round(size / bytes_of_a_view, 1) for part, size in found.items()}
+    # first, second, third, first + second, and that plus third; of the backward pass first and what is beside it.
+    assert views == {"forward": 5.0, "backward": 2.0, "both": 5.0}
+    assert step.results == {}
 
 
 def test_what_waits_for_the_host_has_no_graph(
@@ -168,6 +288,8 @@ def test_what_waits_for_the_host_has_no_graph(
     found = {name: entry["modes"]["graph"]["status"] for name, entry in record["providers"].items()}
     assert found == {"eager": "not captured", "aten": "error"}  # ours can be captured: it is a defect
     assert all(entry["modes"]["launch"]["status"] == "timed" for entry in record["providers"].values())
+    assert providers.is_ours("ours as lightly")
+    assert not providers.is_ours("lightly")
 
 
 def test_sets_exceed_the_cache_where_four_suffice() -> None:
