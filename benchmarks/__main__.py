@@ -1,6 +1,8 @@
 """``python -m benchmarks``: measure, report, and what can be known of the kernels without a GPU."""
 
 import argparse
+import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,26 +24,48 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     run.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     run.add_argument(
-        "--suite", metavar="NAMES", help="vicreg, vicregl, matching, distributed; some, with commas between"
+        "--suite",
+        action="append",
+        metavar="NAMES",
+        help="vicreg, vicregl, matching, distributed; some, with commas between",
     )
-    run.add_argument("--shape", nargs="+", metavar="NAME", help="these shapes (default: those of the device)")
     run.add_argument(
-        "--provider", nargs="+", metavar="NAME", help="these providers, as 'eager' or 'ours as lightly'"
+        "--shape",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="these shapes (default: those of the device)",
     )
-    run.add_argument("--quick", action="store_true", help="a shape of each kind, few repetitions: a minute")
+    run.add_argument(
+        "--provider",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="these providers, as 'eager' or 'ours as lightly'",
+    )
+    run.add_argument(
+        "--quick",
+        action="store_true",
+        help="few repetitions; a shape of each kind, in a minute, where none is named",
+    )
     run.add_argument("--fresh", action="store_true", help="begin anew where a run was stopped")
-    run.add_argument("--out", metavar="DIR", help="folder of the file (default: benchmarks/results)")
+    run.add_argument(
+        "--out", type=_folder, metavar="DIR", help="folder of the file (default: benchmarks/results)"
+    )
     report = commands.add_parser(
         "report",
         help="a Markdown page and figures from result files",
-        description="Write a page and its figures, light and dark. Several files are shown beside each other.",
+        description="Write a page and its figures, light and dark. Several files come one after the other, and beside each "
+        "other in the figures.",
         epilog="exit status: 0; 2 for a file that cannot be used",
     )
     report.add_argument("files", nargs="*", metavar="FILE", help="(default: the latest in benchmarks/results)")
     report.add_argument(
         "--compare", action="store_true", help="hold the files against each other, shape by shape"
     )
-    report.add_argument("--out", metavar="DIR", help="folder of the page (default: benchmark-report)")
+    report.add_argument(
+        "--out", type=_folder, metavar="DIR", help="folder of the page (default: benchmark-report)"
+    )
     report.add_argument("--readme", action="store_true", help="write README.md's tables and figure instead")
     resources = commands.add_parser(
         "resources",
@@ -54,8 +78,33 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, {"run": run, "report": report, "resources": resources}
 
 
+def _folder(name: str) -> str:
+    if not name:
+        raise argparse.ArgumentTypeError("needs the name of a folder, got ''")
+    return name
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # µ and – have no place in every encoding
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush fails too
+        return 141
+    except OSError as error:  # as of a full disk
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser, commands = _parser()
     arguments = parser.parse_args(argv)
     command = commands[arguments.command]
@@ -70,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "report":
             return page.write(arguments.files, arguments.compare, arguments.out, arguments.readme)
-        suites = [name.strip() for name in arguments.suite.split(",")] if arguments.suite else None
+        suites = None
+        if arguments.suite is not None:
+            suites = [name.strip() for names in arguments.suite for name in names.split(",")]
         options = run.Options(
             arguments.device, suites, arguments.shape, arguments.provider, arguments.quick, arguments.fresh,
             arguments.out, f"python -m benchmarks {shlex.join(words)}",

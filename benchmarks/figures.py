@@ -31,7 +31,8 @@ _COLOURS = {
 }
 _SERIES = ("#12a37f", "#3b86cc", "#d9822b", "#c9648f", "#9a7bd1", "#8c8c8c")  # of several documents
 _MARKS = {"highest": "o", "high": "s", "bf16": "^"}
-_NAMES = "products: highest float32, high TF32 of float32, bf16 of bfloat16 inputs"
+_PRODUCTS = {"highest": "float32", "high": "TF32 products of float32", "bf16": "bfloat16"}
+_NAMES = "names end with the products: highest float32, high TF32 of float32, bf16 of bfloat16 inputs"
 _DPI = 130
 
 
@@ -66,6 +67,8 @@ def label(document: Document) -> str:
     if about["kind"] == "cuda":
         versions += f", Triton {about['triton']}"
     state = "" if commit["commit"] is None else f", {commit['commit'][:7]}" + ("+" if commit["dirty"] else "")
+    state += f", {document['sessions'][-1]['date'][:10]}"
+    state += (", quick" if document["asked"]["quick"] else "") + ("" if document["complete"] else ", stopped")
     return ("NOT MEASURED: " if "fixture" in document else "") + f"{about['device']}, {versions}{state}"
 
 
@@ -141,13 +144,19 @@ def speedups(documents: Sequence[Document], names: Sequence[str] | None = None) 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.axvline(1, color=_COLOURS["eager"], linewidth=1)
     axes.set_xlabel("times as fast as eager code")
-    _title(figure, axes, documents, "Speed-up over eager code, forward and backward", legend=len(series) > 1)
+    words = "Speed-up over eager code"
+    if not any(row.startswith("matching") for row in rows):
+        words += ", forward and backward"
+    if len(documents) == 1 and len(series) == 1:
+        words += f", {_PRODUCTS[next(iter(series))]}"
+    _title(figure, axes, documents, words, legend=len(series) > 1)
     return figure
 
 
 def _title(figure: Figure, axes: Axes, documents: Sequence[Document], words: str, legend: bool) -> None:
     """What is shown, and of which device; the legend is below, where nothing is hidden."""
-    mode = {"graph": "CUDA graphs", "launch": "called from Python"}[report.mode_of(documents[0])]
+    how = {"graph": "CUDA graphs", "launch": "called from Python"}
+    mode = " and ".join(dict.fromkeys(how[report.mode_of(document)] for document in documents))
     inch = 1 / figure.get_figheight()
     figure.suptitle(
         f"{words} ({mode})", fontsize=11, x=0.01, y=1 - 0.08 * inch, ha="left", va="top", fontweight="bold"
@@ -213,8 +222,9 @@ def scaling(documents: Sequence[Document]) -> Figure | None:
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colour,
                               label=name if alone else names[number])  # fmt: skip
             floors = [(r["shape"][along], r["floor"]["both"]["seconds"]) for r in records]
-            axes.plot(*zip(*floors, strict=True), linestyle="--", linewidth=1, color=_COLOURS["eager"],
-                      label="floor" if number == 0 else None)  # fmt: skip
+            axes.plot(*zip(*floors, strict=True), linestyle="--", linewidth=1,
+                      color=_COLOURS["eager"] if alone else colour,
+                      label="floor" if alone else f"floor of {names[number].partition(':')[0]}")  # fmt: skip
         other = "D" if along == "N" else "N"
         fixed, records = sweeps[0]
         axes.axvline(fixed, linewidth=0.8, linestyle=":", color=_COLOURS["eager"])
@@ -280,10 +290,10 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     every = [x for found in points.values() for x, _ in found]
     low, high = min(every) / 2, max([*every, max(rates.values()) / copy]) * 3
     colours = dict(zip(_MARKS, ("#12a37f", "#3b86cc", "#d9822b"), strict=True))
-    for kind in kinds:
-        ridge = rates[kind] / copy
-        axes.plot([ridge, high], [rates[kind] / 1e12] * 2, color=colours[kind], linewidth=1)
-        axes.annotate(f"products, {kind}: {rates[kind] / 1e12:.3g} TFLOP/s", (high, rates[kind] / 1e12), (0, 3),
+    for rate in dict.fromkeys(rates[kind] for kind in kinds):
+        alike = [kind for kind in kinds if rates[kind] == rate]
+        axes.plot([rate / copy, high], [rate / 1e12] * 2, color=colours[alike[0]], linewidth=1)
+        axes.annotate(f"products, {', '.join(alike)}: {rate / 1e12:.3g} TFLOP/s", (high, rate / 1e12), (0, 3),
                       textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
     steepest = max(rates[kind] for kind in kinds) / copy if kinds else high
     axes.plot(
@@ -292,7 +302,7 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     axes.annotate(
         f"copy: {copy / 1e9:.0f} GB/s",
         (low, low * copy / 1e12),
-        (4, 12),
+        (24, 2),  # to the right of its line
         textcoords="offset points",
         fontsize=8,
     )

@@ -147,14 +147,17 @@ def _parsed(line: str) -> dict[str, Any]:
     return found
 
 
-def commit() -> dict[str, Any]:
+def commit(out: Path | None = None) -> dict[str, Any]:
     """The commit of the checkout, and whether it has changes and which, as a hash; null, and the ``reason``, outside of a
-    checkout."""
+    checkout.  Result files in ``out`` are no changes."""
     git = ("git", "-C", str(ROOT))
+    which = [".", _RESULTS]
+    if out is not None and out.resolve().is_relative_to(ROOT):
+        which.append(f":(exclude,glob){(out.resolve() / '*.json').relative_to(ROOT)}")
     try:
         head = _output(*git, "rev-parse", "--short=12", "HEAD").strip()
-        changes = _output(*git, "diff", "HEAD", "--", ".", _RESULTS).encode()
-        unknown = _output(*git, "ls-files", "--others", "--exclude-standard", "-z", "--", ".", _RESULTS)
+        changes = _output(*git, "diff", "HEAD", "--", *which).encode()
+        unknown = _output(*git, "ls-files", "--others", "--exclude-standard", "-z", "--", *which)
         for name in filter(None, unknown.split("\0")):
             path = ROOT / name
             changes += name.encode() + (path.read_bytes() if path.is_file() else b"")

@@ -41,9 +41,11 @@ def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) ->
         folder.mkdir(parents=True, exist_ok=True)
         drawn = []
         for name, draw in figures.FIGURES.items():
-            many = documents if name in ("speedups", "scaling") else documents[:1]
-            if figures.save(lambda draw=draw, many=many: draw(many), folder, name):  # type: ignore[misc]  # bound here
-                drawn.append(figures.picture(".", name, _WORDS[name]))
+            together = name in ("speedups", "scaling")
+            for mark, shown_ in [("", documents)] if together else _each(documents):
+                file = f"{'compare-' if compare else ''}{name}{mark}"
+                if figures.save(lambda draw=draw, shown_=shown_: draw(shown_), folder, file):  # type: ignore[misc]  # bound here
+                    drawn.append(figures.picture(".", file, _WORDS[name]))
         text = "\n\n".join([*(comparison(documents) if compare else pages(documents)), *drawn]) + "\n"
         path = folder / ("compare.md" if compare else "report.md")
         path.write_text(text)
@@ -51,6 +53,12 @@ def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) ->
         raise RefusedError(f"cannot write to {folder}: {error.strerror}") from error
     print(f"{path}, {len(drawn)} figures")
     return 0
+
+
+def _each(documents: Sequence[Document]) -> list[tuple[str, list[Document]]]:
+    """Every document alone; where there are several, with its letter."""
+    letters = [f"-{mark}" for mark in figures.marks(documents)] if len(documents) > 1 else [""]
+    return [(letter, [document]) for letter, document in zip(letters, documents, strict=True)]
 
 
 def pages(documents: Sequence[Document]) -> Iterator[str]:

@@ -134,7 +134,7 @@ def _count(value: float) -> str:
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} "
+    return f"{value:.3g}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -210,6 +210,19 @@ def by_suite(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Recor
             having = [record for record in records if mode in modes_of(record)]
             if having:
                 yield suite, mode, having
+
+
+def absences(document: Mapping[str, Any]) -> Iterator[str]:
+    """Which providers could not be asked, and why: a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for record in document["cases"]:
+        if record["status"] == "left out":
+            reasons.setdefault(record["reason"], []).append(record["name"])
+        for name, provider in record["providers"].items():
+            if provider["status"] == "unavailable":
+                reasons.setdefault(provider["reason"], []).append(name)
+    for reason, names in reasons.items():
+        yield f"not measured: {', '.join(dict.fromkeys(names))}: {reason}"
 
 
 def table(document: Mapping[str, Any]) -> str:

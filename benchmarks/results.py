@@ -7,9 +7,14 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jsonschema
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is kept from others there
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA, VERSION = "vicreg_fast.benchmark", 3
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,9 +38,22 @@ def digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(held, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def hold(path: Path) -> IO[str] | None:
+    """Keep other processes from going on with a file, until what is returned is closed; None where one keeps it already."""
+    lock = path.with_suffix(".lock").open("w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
 def save(document: Document, path: Path) -> None:
     """Write the whole document: a reader, or an interruption, finds the old one or the new one."""
     document["sha256"] = digest(document)
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away meanwhile
     new = path.with_suffix(".json.new")
     new.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     os.replace(new, path)

@@ -4,13 +4,16 @@ What is measured stands in ``cases.py``, by whom in ``providers.py``, how in ``t
 how to read it.
 """
 
+import shlex
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +54,9 @@ def measure(
     effort: Effort,
     wanted: Sequence[str] | None = None,
     late: bool = False,
+    tell: Callable[[str], None] = lambda doing: None,
 ) -> None:
-    """Gate and time every provider of a case; fills ``record``."""
+    """Gate and time every provider of a case; fills ``record`` and tells what it is at."""
     bench.free()
     inputs = [case.inputs(0, bench.device)]
     inputs += [case.inputs(seed, bench.device) for seed in range(1, bench.sets(tensor_bytes(*inputs[0])))]
@@ -62,6 +66,7 @@ def measure(
         entry = record["providers"][name] = records.provider_entry(provider)
         if provider.losses is None:
             continue
+        tell(f"judging {name}")
         with records.recorded(entry):
             true = _truth(truths, case, provider, inputs[0])
             bench.free()
@@ -72,6 +77,7 @@ def measure(
             entry["peak_bytes"].update(ready[0].peak_bytes(bench.peak_bytes))
             steps[name] = ready
     runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
+    tell("timing")
     _timed("launch", runs, record, bench, effort)
     if bench.on_gpu:
         # Launches first: a capture empties the cache of memory that they draw on.
@@ -89,6 +95,7 @@ def measure(
             # A boolean mask waits for the host, and code that does so cannot be captured.
             if mode["status"] == "error" and not providers.is_ours(name):
                 mode["status"] = "not captured"
+        tell("timing graphs")
         runs = {name: timing.replayed(bench, captured) for name, captured in graphs.items() if captured}
         _timed("graph", runs, record, bench, effort)
 
@@ -198,14 +205,14 @@ def chosen(options: Options, device: str) -> list[Case]:
 
 def _begun(
     options: Options, document: results.Document, driver: str | None, folder: Path
-) -> tuple[Path, results.Document] | None:
-    """A result that was stopped and is of the same code, device, driver and question."""
+) -> tuple[Path, results.Document, IO[str]] | None:
+    """A result that was stopped and is of the same code, device, driver and question, held; nobody else measures it."""
     same = ("machine", "commit", "asked", "libraries")
     for path, other in reversed(results.kept(folder).items()):
         drivers = {session["clocks"]["before"]["driver"] for session in other["sessions"]}
         alike = drivers == {driver} and all(other[key] == document[key] for key in same)
-        if alike and not other["complete"] and not options.fresh:
-            return path, other
+        if alike and not other["complete"] and not options.fresh and (lock := results.hold(path)) is not None:
+            return path, other, lock
     return None
 
 
@@ -213,8 +220,11 @@ def run(options: Options) -> int:
     """Measure, write and print; the exit status.  Raises :class:`RefusedError` for an argument that cannot be met."""
     device = machine.device(options.device)
     cases = chosen(options, device.type)
-    about, commit = machine.machine(device), machine.commit()
-    folder = Path(options.out) if options.out else results.RESULTS
+    folder = results.RESULTS if options.out is None else Path(options.out)
+    about, commit = machine.machine(device), machine.commit(folder)
+    left_out = [
+        name for name in dict.fromkeys(options.shapes or ()) if name not in {case.name for case in cases}
+    ]
     date = datetime.now(timezone.utc)
     document: results.Document = {
         "schema": results.SCHEMA,
@@ -236,13 +246,12 @@ def run(options: Options) -> int:
     begun = _begun(options, document, clocks["driver"], folder)
     if begun is None:
         path = results.reserve(folder, about["device"], f"{date:%Y-%m-%d}", commit, options.quick)
-        print(
-            f"{about['device']}, torch {about['torch']}, Triton {about['triton']}; writing {path}", flush=True
-        )
+        lock = results.hold(path)
+        words = f"{about['device']}, torch {about['torch']}, Triton {about['triton']}; writing {path}"
     else:
-        path, document = begun
+        path, document, lock = begun
         done = {record["name"] for record in document["cases"]}
-        print(f"continuing {path}: {len(done)} of {len(cases)} shapes are there", flush=True)
+        words = f"continuing {path}: {len(done)} of {len(cases)} shapes are there"
         cases = [case for case in cases if case.name not in done]
     session: dict[str, Any] = {
         "date": date.isoformat(timespec="seconds"),
@@ -251,11 +260,14 @@ def run(options: Options) -> int:
         "load": machine.load(),
         "ceilings": None,
     }
-    if device.type == "cpu" and (session["load"] or 0) > _IDLE:
-        print(f"the machine is not idle (load {session['load']}): times will be longer than they need be")
     document["sessions"].append(session)
     try:
         results.save(document, path)
+        print(words, flush=True)
+        if device.type == "cpu" and (session["load"] or 0) > _IDLE:
+            print(f"the machine is not idle (load {session['load']}): times will be longer than they need be")
+        for name in left_out:
+            print(f"{name}: of the providers asked for, none computes it")
         status = _run_cases(cases, document, path, options, device)
         document["complete"] = len(document["cases"]) == len(document["asked"]["shapes"])
     except KeyboardInterrupt:
@@ -264,8 +276,13 @@ def run(options: Options) -> int:
     finally:
         session["clocks"]["after"] = machine.clocks(device)
         results.save(document, path)
+        if lock is not None:
+            path.with_suffix(".lock").unlink(missing_ok=True)
+            lock.close()
     print("\n" + report.table(document), flush=True)
-    print(f"\npython -m benchmarks report {path}", flush=True)
+    for line in report.absences(document):
+        print(line)
+    print(f"\npython -m benchmarks report {shlex.quote(str(path))}", flush=True)
     return status
 
 
@@ -281,10 +298,10 @@ def _run_cases(
     asked = len(document["asked"]["shapes"])
     end = time.perf_counter() + _BUDGET[device.type][options.quick] * len(cases) / asked
     status = 0
-    # Where nobody watches, a line a shape instead of a bar.
-    with tqdm(cases, unit="shape", disable=None) as progress:
+    # Where nobody watches, a line a shape instead of a bar.  A terminal that does not tell its width has 80 columns.
+    with tqdm(cases, unit="shape", disable=None, ncols=shutil.get_terminal_size().columns) as progress:
         for number, case in enumerate(progress):
-            progress.set_description(case.name)
+            progress.set_postfix_str(case.name)
             if progress.disable:
                 print(f"{number + 1} of {len(cases)}: {case.name}", flush=True)
             remaining = end - time.perf_counter()
@@ -302,7 +319,8 @@ def _run_cases(
                 if isinstance(case, Distributed):
                     distributed.measure(case, record, session["ceilings"], device, effort, options.providers)
                 else:
-                    measure(case, record, bench, effort, options.providers, late)
+                    tell = partial(_tell, progress, case)
+                    measure(case, record, bench, effort, options.providers, late, tell)
             record["seconds"] = time.perf_counter() - begin
             record["targets"] = report.judge(case, record, device.type)
             document["cases"].append(record)
@@ -314,6 +332,10 @@ def _run_cases(
                 progress.write(f"the device can no longer be used: {reason}; the same command goes on")
                 return 1
     return status
+
+
+def _tell(progress: "tqdm[Case]", case: Case, doing: str) -> None:
+    progress.set_postfix_str(f"{case.name}, {doing}")
 
 
 def _lost(bench: Bench) -> str | None:

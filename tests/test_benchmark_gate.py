@@ -1,10 +1,12 @@
 """The benchmarks' gate, which gives no time to who is wrong: whom it lets pass, whom it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import providers
+from benchmarks import cases, machine, providers
 from benchmarks.cases import Case, Local, Matching, VICReg
 from vicreg_fast import reference
 from vicreg_fast.precision import round_operand
@@ -62,6 +64,31 @@ def test_gate_refuses_matches_that_are_not_the_nearest() -> None:
 
     found = providers.errors(providers.evaluate(case, another, inputs), true)
     assert "chosen" in str(providers.wrong(found, providers.BOUNDS["bf16"]))
+
+
+def test_the_guide_s_shape_and_provider_work() -> None:
+    guide = (machine.ROOT / "docs" / "benchmarks.md").read_text()
+    shape, provider = (
+        guide.partition(f"## Add a {what}")[2].partition("```py\n")[2].partition("```")[0]
+        for what in ("shape", "provider")
+    )
+    (added,) = eval(shape, vars(cases))
+    assert isinstance(added, Case)
+    assert added.name == "vicregl-32x256x1024-m20-bf16"
+
+    def my_loss(x: Tensor, y: Tensor) -> Tensor:
+        return providers.eager(x, y)["loss"]
+
+    views, maps = VICReg("highest", N=8, D=4), GATED[-1]
+    for case, there in ((views, True), (maps, False)):
+        makers: dict[str, Any] = {}
+        exec(provider, {**vars(providers), "my_loss": my_loss, "case": case, "makers": makers})
+        assert ("mine" in makers) == there
+        if there:
+            inputs = case.inputs(0, CPU)
+            true = providers.truth(case, providers.DROP_IN, inputs)
+            found = providers.errors(providers.evaluate(case, makers["mine"]().losses, inputs), true)
+            assert providers.wrong(found, providers.BOUNDS["highest"]) is None
 
 
 def test_inputs_have_matches_that_are_told_apart() -> None:

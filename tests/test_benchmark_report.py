@@ -251,6 +251,27 @@ def test_a_folder_that_cannot_be_written_is_refused(path: Path, capsys: Capture)
     assert str(path) in capsys.readouterr().err
 
 
+def test_a_comparison_leaves_the_page_s_figures(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["report", str(path), "--out", str(out)]) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert main(["report", "--compare", str(path), str(path), "--out", str(out)]) == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+    there = {file.name for file in out.iterdir()} - before.keys()
+    assert {
+        "compare.md",
+        "compare-speedups-light.png",
+        "compare-memory-A-dark.png",
+        "compare-memory-B-dark.png",
+    } <= there
+
+
+def test_a_run_that_was_continued_in_vain_keeps_its_ceilings(document: results.Document) -> None:
+    found = json.loads(json.dumps(document))
+    found["sessions"].append({**found["sessions"][0], "ceilings": None})
+    assert figures.roofline([found]) is not None
+
+
 # -- README -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,9 +307,9 @@ def test_what_was_stopped_is_left_alone_where_it_is_of_other_code(
     assert main([*ARGUMENTS, str(tmp_path)]) == 130
     monkeypatch.setattr(run, "measure", measure)
     commit = machine.commit()
-    monkeypatch.setattr(machine, "commit", lambda: commit | {"changes": "another"})
+    monkeypatch.setattr(machine, "commit", lambda out: commit | {"changes": "another"})
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    monkeypatch.setattr(machine, "commit", lambda: commit)
+    monkeypatch.setattr(machine, "commit", lambda out: commit)
     assert main([*ARGUMENTS, str(tmp_path), "--fresh"]) == 0
     assert sorted(found["complete"] for found in results.kept(tmp_path).values()) == [False, True, True]
 
@@ -321,6 +322,8 @@ def test_what_was_stopped_is_left_alone_where_it_is_of_other_code(
             ["--device", "cpu", "--suite", "vicreg,bert"],
             ["'bert'", "vicreg", "vicregl", "matching", "distributed"],
         ),
+        (["--device", "cpu", "--suite", ""], ["''", "vicreg"]),
+        (["--device", "cpu", "--out", ""], ["--out", "''"]),
         (["--device", "cpu", "--provider", "numpy"], ["'numpy'", *providers.names()]),
         (["--device", "cpu", "--suite", "matching", "--shape", TINY], ["matching", "cpu"]),
         (["--device", "cpu", "--provider", "bmm", "--shape", TINY], ["bmm", "eager", "aten"]),
@@ -431,6 +434,62 @@ def test_another_driver_card_or_configuration_is_another_question(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_that_another_process_writes_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(*args: Any, **kwargs: Any) -> None:
+        if len(list(tmp_path.glob("*.json"))) == 1:
+            assert main([*ARGUMENTS, str(tmp_path)]) == 0
+
+    monkeypatch.setattr(run, "measure", second)
+    assert main([*ARGUMENTS, str(tmp_path)]) == 0
+    assert [len(found["sessions"]) for found in results.kept(tmp_path).values()] == [1, 1]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_shapes_and_providers_add_up_and_what_none_computes_is_told(tmp_path: Path, capsys: Capture) -> None:
+    options = ["--shape", TINY, "--shape", "ranks-256x2048-highest", "--provider", "cdist", "--provider", "bmm"]
+    with pytest.raises(SystemExit):
+        main(["run", "--device", "cpu", "--quick", "--out", str(tmp_path), *options])
+    assert "no provider cdist, bmm" in capsys.readouterr().err
+    options = [
+        "--shape",
+        TINY,
+        "--shape",
+        "ranks-256x2048-highest",
+        "--provider",
+        "compile",
+        "--provider",
+        "triton",
+    ]
+    assert main(["run", "--device", "cpu", "--quick", "--out", str(tmp_path), *options[:-1], "lightly"]) == 0
+    out = capsys.readouterr().out
+    assert "ranks-256x2048-highest: of the providers asked for, none computes it" in out
+    assert written(tmp_path)["asked"]["providers"] == ["compile", "lightly"]
+
+
+def test_who_is_not_there_is_named(tmp_path: Path, capsys: Capture) -> None:
+    assert main([*ARGUMENTS, str(tmp_path), "--provider", "triton"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing was timed." in out
+    assert "not measured: triton: " in out
+
+
+def test_ctrl_c_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def interrupted(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupted)
+    assert main(["run"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_cleared_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure", lambda *args, **kwargs: shutil.rmtree(tmp_path / "out"))
+    assert main([*ARGUMENTS, str(tmp_path / "out")]) == 0
+    assert written(tmp_path / "out")["complete"]
+
+
 def test_a_library_that_came_since_is_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -448,7 +507,7 @@ def test_no_compilation_begins_that_may_not_end_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late: dict[float, bool] = {}
-    monkeypatch.setattr(run, "measure", lambda *args: late.update({run._BUDGET["cpu"][1]: args[-1]}))
+    monkeypatch.setattr(run, "measure", lambda *args: late.update({run._BUDGET["cpu"][1]: args[-2]}))
     for seconds in (30.0, 40.0):  # and a shape may take two
         monkeypatch.setattr(run, "_BUDGET", {"cpu": (0.0, seconds)})
         assert main([*ARGUMENTS, str(tmp_path)]) == 0
@@ -555,6 +614,13 @@ def test_files_that_git_does_not_know_are_read(tmp_path: Path, monkeypatch: pyte
         seen.append(machine.commit())
     assert [found["dirty"] for found in seen] == [False, True, True]
     assert len({found["changes"] for found in seen}) == 3
+    for folder in (tmp_path, tmp_path / "results"):  # where results are written they are no changes
+        (tmp_path / "new.py").unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        (folder / "a.json").touch()
+        assert machine.commit(folder)["dirty"] is False
+        assert machine.commit()["dirty"] is True
+        (folder / "a.json").unlink()
 
 
 def test_a_line_of_nvidia_smi() -> None:
