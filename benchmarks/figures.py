@@ -135,9 +135,13 @@ def speedups(documents: Sequence[Document], names: Sequence[str] | None = None) 
                 row = record["name"].removesuffix(f"-{kind}")
                 series.setdefault(kind, {})[row] = float(found)
                 rows += [row] if row not in rows else []
-    series = {kind: series[kind] for kind in (*_MARKS, *series) if kind in series}
     if not rows:
         return None
+    series = {kind: series[kind] for kind in (*_MARKS, *series) if kind in series}
+    if len(documents) == 1 and len(series) == 1:  # then nothing else says which
+        ((kind, values),) = series.items()
+        rows = [f"{row}-{kind}" for row in rows]
+        series = {kind: dict(zip(rows, values.values(), strict=True))}
     figure, axes = plt.subplots(figsize=(8.4, max(3.0, 1.5 + 0.13 * len(rows) * (1 + len(series)))))
     _bars(axes, rows, series, _SERIES, _times)
     axes.set_xscale("log")
@@ -301,9 +305,10 @@ def roofline(documents: Sequence[Document]) -> Figure | None:
     )
     axes.annotate(
         f"copy: {copy / 1e9:.0f} GB/s",
-        (low, low * copy / 1e12),
-        (24, 2),  # to the right of its line
+        (steepest, steepest * copy / 1e12),
+        (-10, -4),  # above the line, where no point can be
         textcoords="offset points",
+        ha="right",
         fontsize=8,
     )
     for kind, found in points.items():

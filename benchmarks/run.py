@@ -298,8 +298,9 @@ def _run_cases(
     asked = len(document["asked"]["shapes"])
     end = time.perf_counter() + _BUDGET[device.type][options.quick] * len(cases) / asked
     status = 0
-    # Where nobody watches, a line a shape instead of a bar.  A terminal that does not tell its width has 80 columns.
-    with tqdm(cases, unit="shape", disable=None, ncols=shutil.get_terminal_size().columns) as progress:
+    columns, lines = shutil.get_terminal_size()  # also of a terminal that does not tell
+    # Where nobody watches, a line a shape instead of a bar.
+    with tqdm(cases, unit="shape", disable=None, ncols=columns, nrows=lines) as progress:
         for number, case in enumerate(progress):
             progress.set_postfix_str(case.name)
             if progress.disable:
