@@ -262,14 +262,22 @@ def readme_speed(document: Document, path: Path) -> str:
         cells += [f"**{found}**" if judged["met"] is False else found, f"{judged['asked']:g}x"]
         rows.append([record["title"], record["name"], *cells])
     header = ["loss, forward and backward", "shape", "eager", "compile", us, "faster than eager", "asked"]
-    session = document["sessions"][-1]
-    about = document["machine"]
+    picture = figures.picture("docs", "speed", f"Speed-up over eager code on {document['machine']['device']}")
+    return "\n\n".join([_source(document, path), report.markdown(header, rows), picture])
+
+
+def readme_libraries(document: Document, path: Path) -> str:
+    """README's table of other libraries."""
+    return f"{_source(document, path)}\n\n{_libraries(document)}"
+
+
+def _source(document: Document, path: Path) -> str:
+    """What a table in README was measured on, by which command, and where it is kept."""
+    session, about = document["sessions"][-1], document["machine"]
     threads = f", {about['threads']} threads" if about["kind"] == "cpu" else ""
     source = f"Measured on {about['device']}{threads}, torch {about['torch']}, on {session['date'][:10]} by"
-    how = "CUDA graphs" if mode == "graph" else "called from Python"
-    words = f"{source} `{session['command']}`; {how}, medians, from `benchmarks/results/{path.name}`."
-    picture = figures.picture("docs", "speed", f"Speed-up over eager code on {about['device']}")
-    return "\n\n".join([words, report.markdown(header, rows), picture])
+    how = "CUDA graphs" if report.mode_of(document) == "graph" else "called from Python"
+    return f"{source} `{session['command']}`; {how}, medians, from `benchmarks/results/{path.name}`."
 
 
 def readme_memory(document: Document) -> str:
@@ -301,8 +309,15 @@ def _write_readme(document: Document, path: Path) -> int:
         raise RefusedError(f"README shows what is kept in {results.RESULTS}; {path} is not")
     everything = [case.name for case in CASES if document["machine"]["kind"] in case.devices]
     whole = document["asked"] == {"shapes": everything, "providers": None, "quick": False}
-    if not document["complete"] or not whole or "fixture" in document:
-        raise RefusedError(f"README shows complete runs of all shapes; {path} is none")
+    with_libraries = document["asked"]["providers"] is not None and bool(_libraries(document))
+    if not document["complete"] or not (whole or with_libraries) or "fixture" in document:
+        raise RefusedError(
+            f"README shows complete runs, of all shapes or with other libraries; {path} is neither"
+        )
+    if with_libraries:
+        README.write_text(between(README.read_text(), "library table", readme_libraries(document, path)))
+        print(README)
+        return 0
     text = between(README.read_text(), "speed table", readme_speed(document, path))
     README.write_text(between(text, "memory table", readme_memory(document)))
     names = report.asked_of(document)
@@ -313,9 +328,9 @@ def _write_readme(document: Document, path: Path) -> int:
     return 0
 
 
-def shown(text: str) -> str:
-    """The name of the result file that README shows."""
-    found = re.search(r"from `benchmarks/results/([^`]+)`", between(text, "speed table"))
+def shown(text: str, mark: str) -> str:
+    """The name of the result file that a table in README shows."""
+    found = re.search(r"from `benchmarks/results/([^`]+)`", between(text, mark))
     if found is None:
         raise RefusedError("README.md names no result file")
     return found[1]

@@ -278,7 +278,7 @@ def test_a_run_that_was_continued_in_vain_keeps_its_ceilings(document: results.D
 def test_readme_shows_what_its_result_file_holds() -> None:
     """``python -m benchmarks report --readme FILE`` writes both tables and the figure."""
     text = page.README.read_text()
-    path = results.RESULTS / page.shown(text)
+    path = results.RESULTS / page.shown(text, "speed table")
     document = results.load(path)
     assert "fixture" not in document
     assert document["complete"]
@@ -287,6 +287,14 @@ def test_readme_shows_what_its_result_file_holds() -> None:
     for theme in ("light", "dark"):
         pixels = Image.open(machine.ROOT / "docs" / f"speed-{theme}.png")
         assert pixels.info["Source"] == document["sha256"], "the figure is of another result"
+
+
+def test_readme_shows_what_was_measured_beside_libraries() -> None:
+    text = page.README.read_text()
+    path = results.RESULTS / page.shown(text, "library table")
+    document = results.load(path)
+    assert document["complete"]
+    assert page.between(text, "library table") == page.readme_libraries(document, path)
 
 
 def test_every_kept_result_can_be_read_and_was_measured() -> None:
