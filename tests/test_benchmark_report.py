@@ -285,8 +285,8 @@ def test_readme_shows_what_its_result_file_holds() -> None:
     assert page.between(text, "speed table") == page.readme_speed(document, path)
     assert page.between(text, "memory table") == page.readme_memory(document)
     for theme in ("light", "dark"):
-        pixels = Image.open(machine.ROOT / "docs" / f"speed-{theme}.png")
-        assert pixels.info["Source"] == document["sha256"], "the figure is of another result"
+        with Image.open(machine.ROOT / "docs" / f"speed-{theme}.png") as picture:
+            assert picture.info["Source"] == document["sha256"], "the figure is of another result"
 
 
 def test_readme_shows_what_was_measured_beside_libraries() -> None:
