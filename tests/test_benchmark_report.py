@@ -289,6 +289,12 @@ def test_readme_shows_what_its_result_file_holds() -> None:
             assert picture.info["Source"] == document["sha256"], "the figure is of another result"
 
 
+def test_a_figure_says_what_it_was_drawn_from(document: results.Document, tmp_path: Path) -> None:
+    for path in figures.save(lambda: figures.speedups([document]), tmp_path, "speed", "a result"):
+        with Image.open(path) as picture:
+            assert picture.info["Source"] == "a result"
+
+
 def test_readme_shows_what_was_measured_beside_libraries() -> None:
     text = page.README.read_text()
     path = results.RESULTS / page.shown(text, "library table")

@@ -124,6 +124,8 @@ def test_ranks_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         entry = case["providers"][provider]
         assert entry["status"] == "right", entry["reason"]
         assert entry["modes"]["launch"]["both"]["median"] > 0
+        # Eager code gathers both views of both ranks, and makes a matrix of each.
+        assert min(entry["peak_bytes"].values()) > 2 * 2 * 1024 * 256 * 4
     assert case["providers"]["triton"]["status"] == "unavailable"
 
 
