@@ -67,7 +67,7 @@ def label(document: Document) -> str:
     if about["kind"] == "cuda":
         versions += f", Triton {about['triton']}"
     state = "" if commit["commit"] is None else f", {commit['commit'][:7]}" + ("+" if commit["dirty"] else "")
-    state += f", {document['sessions'][-1]['date'][:10]}"
+    state += f", {document['sessions'][-1]['date'][:16].replace('T', ' ')}"  # two results may be of one day
     state += (", quick" if document["asked"]["quick"] else "") + ("" if document["complete"] else ", stopped")
     return ("NOT MEASURED: " if "fixture" in document else "") + f"{about['device']}, {versions}{state}"
 
