@@ -46,7 +46,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     run.add_argument(
         "--quick",
         action="store_true",
-        help="few repetitions; a shape of each kind, in a minute, where none is named",
+        help="few repetitions; a shape of each kind, in about a minute, where none is named",
     )
     run.add_argument("--fresh", action="store_true", help="begin anew where a run was stopped")
     run.add_argument(
