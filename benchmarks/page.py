@@ -35,6 +35,8 @@ def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) ->
         (document, *more) = documents
         if more:
             raise RefusedError("--readme takes one result file")
+        if out is not None:
+            raise RefusedError("--readme writes README.md; --out is for a page")
         return _write_readme(document, paths[0])
     folder = Path(out or "benchmark-report")
     try:

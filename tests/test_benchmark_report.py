@@ -323,6 +323,12 @@ def test_readme_takes_no_fixture(path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert not (path.parent / "README.md").exists()
 
 
+def test_readme_is_written_nowhere_else(path: Path, tmp_path: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--readme", str(path), "--out", str(tmp_path)])
+    assert "--out" in capsys.readouterr().err
+
+
 def test_readme_takes_what_is_kept_only(path: Path, capsys: Capture) -> None:
     before = page.README.read_text()
     with pytest.raises(SystemExit):
