@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _main(argv)
         sys.stdout.flush()
         return status
+    # As vicreg_fast/__main__.py has it, which is not asked: to import it is to import torch, and that may be what was interrupted.
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

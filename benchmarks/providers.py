@@ -314,7 +314,7 @@ def _as_one_loss(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def evaluate(case: Case, losses: Losses, inputs: Inputs) -> Evaluation:
     """What a provider finds, in memory that was full of NaN: an element that it leaves unwritten is seen."""
     full_of_nan = [torch.full_like(z, math.nan) for z in 2 * inputs]
-    # And of the sizes of buffers: the allocator keeps small blocks apart.
+    # And of the sizes of buffers, 512 bytes to 1 MiB, a few of each: the allocator keeps such small blocks apart.
     small = [torch.full((1 << k,), math.nan, device=inputs[0].device) for k in range(7, 19) for _ in range(4)]
     del full_of_nan, small
     results = _as_one_loss(losses(*inputs))

@@ -56,7 +56,6 @@ def _for_memory(error: BaseException | None) -> bool:
         # The CPU's allocator has no error of its own; nor have the driver, as where a graph is made, and cuBLAS.
         words = (
             "can't allocate memory",
-            "torch.OutOfMemoryError",
             "out of memory",
             "CUBLAS_STATUS_ALLOC_FAILED",
         )

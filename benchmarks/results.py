@@ -40,7 +40,10 @@ def digest(document: Mapping[str, Any]) -> str:
 
 def hold(path: Path) -> IO[str] | None:
     """Keep other processes from going on with a file, until what is returned is closed; None where one keeps it already."""
-    lock = path.with_suffix(".lock").open("w")
+    try:
+        lock = path.with_suffix(".lock").open("w")
+    except OSError:  # where nothing can be written; who then makes a file of its own says so
+        return None
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

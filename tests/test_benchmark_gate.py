@@ -72,8 +72,8 @@ def test_the_guide_s_shape_and_provider_work() -> None:
         guide.partition(f"## Add a {what}")[2].partition("```py\n")[2].partition("```")[0]
         for what in ("shape", "provider")
     )
-    (added,) = eval(shape, vars(cases))
-    assert isinstance(added, Case)
+    added = eval(shape, vars(cases))
+    assert isinstance(added, Case), "an element that is put among others, not a tuple of its own"
     assert added.name == "vicregl-32x256x1024-m20-bf16"
 
     def my_loss(x: Tensor, y: Tensor) -> Tensor:

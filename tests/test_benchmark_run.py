@@ -129,6 +129,25 @@ def test_ranks_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert case["providers"]["triton"]["status"] == "unavailable"
 
 
+def test_a_provider_that_raises_on_all_ranks_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distributed, "_eager", no_memory)
+    case = NAMED["ranks-1024x256-highest"]
+    dist = torch.distributed
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        found = distributed._measured(case, CPU, 0, 1, timing.QUICK, ["eager", "aten"])
+    finally:
+        dist.destroy_process_group()
+    assert (found["eager"]["status"], found["eager"]["reason"]) == ("out of memory", "CUDA out of memory")
+    assert found["eager"]["modes"] == {}
+    assert found["aten"]["modes"]["launch"]["both"]["median"] > 0
+
+
 def test_one_gpu_has_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     record: dict[str, Any] = {"shape": {}, "status": "measured"}
@@ -447,6 +466,7 @@ def test_a_file_that_another_process_writes_is_left_to_it(
     assert main([*ARGUMENTS, str(tmp_path)]) == 0
     assert [len(found["sessions"]) for found in results.kept(tmp_path).values()] == [1, 1]
     assert not list(tmp_path.glob("*.lock"))
+    assert results.hold(tmp_path / "absent" / "a.json") is None  # nor is a file held that cannot be written
 
 
 def test_shapes_and_providers_add_up_and_what_none_computes_is_told(tmp_path: Path, capsys: Capture) -> None:

@@ -9,7 +9,8 @@ from ...kernels import scatter as kernels
 from .configs import INTERPRETER, Machine, launch_options
 from .launch import Products, Views, block_of
 
-# Patches, matches at a time and columns of a program; the interpreter wants few programs.
+# Patches, matches at a time and columns of a program.  The interpreter wants few programs, and more than one of the 130
+# columns that tests have.
 _PATCHES, _MATCHES, _COLUMNS, _COLUMNS_INTERPRETED = 64, 32, 32, 128
 
 

@@ -77,7 +77,9 @@ class _Forward:
     def combination(self, product: Product, parts: Split) -> tuple[int, int]:
         """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
         block_c, elements = _MANY_PARTS if parts.parts > 8 else _FEW_PARTS
-        if self.machine == INTERPRETER:  # it has as many registers as it likes
+        if (
+            self.machine == INTERPRETER
+        ):  # as many registers as it likes; and yet more than one program of a tile, as on a GPU
             return block_c, product.tile // 2
         return block_c, max(1, elements // product.tile)
 
