@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vicreg_fast.backends.triton import configs, launch, matching, stages
-from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan, local_views
+from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan, local_views
 
 # Bytes of shared memory: of a program, and of a processor.
 SHARED_MEMORY = {

@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from vicreg_fast import functional
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.sides import uses_dual
 
 from . import providers
 from .cases import CASES, DTYPES, Case, Inputs, Local, VICReg

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vicreg_fast import operators, reference
 from vicreg_fast.autograd import weighted_terms
-from vicreg_fast.multiview import local_views
+from vicreg_fast.plan import local_views
 
 from .data import TERMS, U
 from .parity import LAYOUTS, SINGLE, Floors, twice

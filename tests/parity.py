@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import functional, reference
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.sides import uses_dual
 
 from .data import TERMS, Evaluated, U, evaluate
 

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 from vicreg_fast import VICRegLLoss, VICRegLoss, operators
-from vicreg_fast.multiview import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
-from vicreg_fast.rows import keeps_moments, uses_dual
+from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan
+from vicreg_fast.sides import keeps_moments, uses_dual
 
 from .data import U, assert_exact, both_sides
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import VICRegLLoss, reference
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.sides import uses_dual
 
 from .data import U, assert_exact
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import VICRegLLoss
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.sides import uses_dual
 
 from .conftest import Launches
 from .data import TERMS, U

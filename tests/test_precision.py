@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vicreg_fast import functional, precision, reference
 from vicreg_fast.backends.aten import blocks, gradient, terms
-from vicreg_fast.multiview import ONE_VIEW
-from vicreg_fast.rows import Rows, uses_dual
+from vicreg_fast.plan import ONE_VIEW
+from vicreg_fast.rows import Rows
+from vicreg_fast.sides import uses_dual
 
 from .data import U, assert_as_good_as_eager, assert_exact, both_sides, evaluate, normal
 

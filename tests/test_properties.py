@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vicreg_fast import VICRegLLoss, VICRegLoss, checks, functional, reference
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.sides import uses_dual
 
 from .data import EXACT, assert_exact
 

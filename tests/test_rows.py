@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vicreg_fast import VICRegLLoss
 from vicreg_fast.backends.aten import blocks
-from vicreg_fast.rows import WHOLE, Block, Rows, keeps_moments, uses_dual
+from vicreg_fast.rows import WHOLE, Block, Rows
+from vicreg_fast.sides import keeps_moments, uses_dual
 
 from .data import assert_exact
 

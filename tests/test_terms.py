@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vicreg_fast import functional, reference
 from vicreg_fast.backends.aten import blocks, terms
-from vicreg_fast.multiview import ONE_VIEW
-from vicreg_fast.rows import Rows, uses_dual
+from vicreg_fast.plan import ONE_VIEW
+from vicreg_fast.rows import Rows
+from vicreg_fast.sides import uses_dual
 
 from .data import (
     HARD,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vicreg_fast import VICRegLoss, functional, precision, reference
 from vicreg_fast.autograd import weighted_terms
-from vicreg_fast.multiview import LOCAL_VIEWS
-from vicreg_fast.rows import uses_dual
+from vicreg_fast.plan import LOCAL_VIEWS
+from vicreg_fast.sides import uses_dual
 
 from .conftest import Launches
 from .data import HARD, U, both_sides, normal

@@ -1,4 +1,4 @@
-"""The one autograd.Function of the losses: composes the stages, says what is saved."""
+"""The one autograd.Function of the losses: composes the operators and says what is saved."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from . import operators, second_order
-from .multiview import Plan
+from .plan import Plan
 from .reference import VICRegTerms
 
 Weight = float | Tensor
 
 
 class WeightedTerms(NamedTuple):
-    """The terms of one group times their weights, and their sum: scalars, each with storage of its own."""
+    """The terms of one loss times their weights, and their sum: scalars, each with storage of its own."""
 
     inv: Tensor
     var: Tensor
@@ -28,43 +28,49 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
+def _upstream_of_terms(plan: Plan, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What multiplies each weighted term of each group, from the upstream gradients of the outputs; None: nothing."""
+    total = grad_outputs[4 * plan.losses] if plan.losses > 1 else None
+    sums = [_add(grad, total) for grad in grad_outputs[3 : 4 * plan.losses : 4]]
+    return [
+        _add(grad_outputs[4 * loss + term], sums[loss])
+        for loss in range(plan.losses)
+        for _ in range(plan.groups_per_loss)
+        for term in range(3)
+    ]
+
+
 class _WeightedTerms(torch.autograd.Function):
-    """forward(plan, *sources, *indices) -> the plan's outputs: 4 scalars a loss, and their total where there are several."""
+    """forward(plan, *sources, *locations) -> the plan's outputs: 4 scalars a loss, and their sum if there are several."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = plan.source_count
-        outputs = operators.terms(plan, tensors[:count], tensors[count:])
+        sources, locations = tensors[: plan.source_count], tensors[plan.source_count :]
+        results = operators.terms(plan, sources, locations)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.given = plan, len(tensors)
-        ctx.save_for_backward(*tensors, *outputs[plan.outputs :])
-        return tuple(outputs[: plan.outputs])
+        ctx.plan, ctx.locations = plan, len(locations)
+        ctx.save_for_backward(*sources, *results[plan.outputs :])
+        return tuple(results[: plan.outputs])
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         plan, count = ctx.plan, ctx.plan.source_count
-        everything = ctx.saved_tensors  # read once: checkpointing computes them anew at each reading
-        tensors, saved = everything[: ctx.given], everything[ctx.given :]
-        sources, indices = tensors[:count], tensors[count:]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each reading
+        sources, saved = tensors[:count], tensors[count:]
+        match_index = None
+        if plan.match_counts:
+            match_index, saved = saved[0], saved[1:]
         needs = ctx.needs_input_grad[1 : 1 + count]
-        # What multiplies each weighted term of each group; None: nothing.
-        total = upstream[4 * plan.losses] if plan.losses > 1 else None
-        sums = [_add(up, total) for up in upstream[3 : 4 * plan.losses : 4]]
-        reached = [
-            _add(upstream[4 * loss + k], sums[loss])
-            for loss in range(plan.losses)
-            for _ in range(plan.averaged)
-            for k in range(3)
-        ]
+        upstream = _upstream_of_terms(plan, grad_outputs)
         grads: list[Tensor | None] = [None] * count
-        if any(needs) and any(up is not None for up in reached):
+        if any(needs) and any(grad is not None for grad in upstream):
             if torch.is_grad_enabled():
-                found = second_order.gradient(plan, sources, indices, reached, needs)
+                computed = second_order.gradient(plan, sources, match_index, upstream, needs)
             else:
-                found = operators.gradient(plan, sources, indices, saved, reached, needs)
-            remaining = iter(found)
+                computed = operators.gradient(plan, sources, match_index, saved, upstream, needs)
+            remaining = iter(computed)
             grads = [next(remaining) if need else None for need in needs]
-        return None, *grads, *([None] * len(indices))
+        return None, *grads, *([None] * ctx.locations)
 
 
 def weigh(terms: VICRegTerms | WeightedTerms, weights: Sequence[Weight]) -> WeightedTerms:
@@ -74,24 +80,27 @@ def weigh(terms: VICRegTerms | WeightedTerms, weights: Sequence[Weight]) -> Weig
 
 
 def weighted_terms(
-    plan: Plan, weights: Sequence[Weight], sources: Sequence[Tensor], indices: Sequence[Tensor] = ()
+    plan: Plan, weights: Sequence[Weight], sources: Sequence[Tensor], locations: Sequence[Tensor] = ()
 ) -> tuple[list[WeightedTerms], Tensor]:
-    """Of each loss of the plan the weighted terms and their sum; and the total of all losses.
+    """The weighted terms and their sum of each loss of the plan, and the sum of all losses.
 
-    Numbers are multiplied inside the stages, for nothing.  Tensors are multiplied outside, where autograd sees
-    them; so are numbers in traced code, where a schedule's new number would otherwise mean compiling anew.
+    Python numbers are multiplied inside the operators, at no cost.  Tensors are multiplied outside, where autograd sees
+    them.  In traced code numbers are multiplied outside too: inside, a schedule's new number would mean recompilation.
     """
     outside = torch.compiler.is_compiling() or any(isinstance(w, Tensor) for w in weights)
     inside = (1.0, 1.0, 1.0) if outside else map(float, weights)
-    plan = plan._replace(weights=tuple(w / plan.averaged for w in inside))
+    plan = plan._replace(weights=tuple(w / plan.groups_per_loss for w in inside))
+    # Matches carry no gradient.
+    locations = [z.detach() if z.requires_grad else z for z in locations]
     if torch.compiler.is_compiling() and len(sources) > 1 and sources[0] is sources[1]:
         sources = [source.view_as(source) for source in sources]  # Dynamo refuses the same tensor twice
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-        flat = _WeightedTerms.apply(plan, *sources, *indices)  # type: ignore[no-untyped-call]
+        flat = _WeightedTerms.apply(plan, *sources, *locations)  # type: ignore[no-untyped-call]
     else:
         # Nothing to save.  (Dynamo 2.13, too, inlines a Function without gradients and then counts its arguments to
         # tell whether forward takes a context, which *tensors defeats.)
-        flat = operators.terms(plan._replace(keep=False), sources, indices)[: plan.outputs]
+        plan = plan._replace(save_for_backward=False)
+        flat = operators.terms(plan, sources, locations)[: plan.outputs]
     losses = [WeightedTerms(*flat[at : at + 4]) for at in range(0, 4 * plan.losses, 4)]
     if outside:
         losses = [weigh(loss, weights) for loss in losses]

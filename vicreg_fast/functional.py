@@ -9,8 +9,8 @@ from torch import Tensor
 from . import backends, checks, operators, reference
 from . import precision as policy
 from .autograd import Weight, WeightedTerms, weigh, weighted_terms
-from .backends.aten import matching
-from .multiview import ONE_VIEW, TWO_VIEWS, local_views
+from .backends.aten import nearest_patches
+from .plan import ONE_VIEW, TWO_VIEWS, local_views
 from .reference import VICRegTerms
 
 _UNWEIGHTED = (1.0, 1.0, 1.0)
@@ -119,7 +119,7 @@ def match_patches(
             query, candidate = reference.match(q, c, m)
             difference = reference.gather_rows(q, query) - reference.gather_rows(c, candidate)
             return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
-        matches, *_ = operators.match((queries, candidates), (), (m,), "distance", False, backend)
+        matches = operators.match(queries, candidates, m, backend)
         query, candidate = matches.unbind()
         return PatchMatches(query, candidate, operators.match_distances(queries, candidates, matches, backend))
 
@@ -137,14 +137,14 @@ def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
     with torch.no_grad(), policy.exact_products("ieee", queries.device):
         if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":
             return reference.distances(*accumulated(queries, candidates))
-        return matching.ordering(queries, candidates)
+        return nearest_patches.ordering(queries, candidates)
 
 
 def select_matches(distances: Tensor, num_matches: int, match_order: str = "distance") -> tuple[Tensor, Tensor]:
     """Matches from a matrix of distances (B, P1, P2): (query, candidate), (B, m) each, nearest first."""
     with torch.no_grad():
-        found = matching.Nearest(*matching.ordered(distances.clone()).min(dim=2))
-        return matching.select(found, num_matches, match_order)
+        found = nearest_patches.Nearest(*nearest_patches.ordered(distances.clone()).min(dim=2))
+        return nearest_patches.select(found, num_matches, match_order)
 
 
 class Options(NamedTuple):
@@ -226,11 +226,11 @@ def local_terms(
             found = reference.local_terms(x1, x2, *locations, counts, gamma, eps, statistics, match_order)
         location, feature = weigh(found.location, weights), weigh(found.feature, weights)
         return location, feature, location.total + feature.total
-    across = statistics == "slot"
-    # An image's own statistics do not depend on the order of its matches.
-    indices = operators.match(maps, locations, counts, match_order if across else "distance", across, backend)
+    per_slot = statistics == "slot"
     plan = local_views(counts)._replace(
-        across=across, gamma=gamma, eps=eps, precision=precision, backend=backend
-    )
-    (location, feature), total = weighted_terms(plan, weights, maps, indices)
+        per_slot=per_slot, gamma=gamma, eps=eps, precision=precision, backend=backend,
+        # An image's own statistics do not depend on the order of its matches.
+        match_order=match_order if per_slot else "distance",
+    )  # fmt: skip
+    (location, feature), total = weighted_terms(plan, weights, maps, locations)
     return location, feature, total

@@ -1,82 +1,113 @@
-"""The backends' stages behind one call each: direct in eager mode, opaque operators while compiling.
+"""A backend's stages behind one call each: direct calls in eager mode, opaque operators while compiling.
 
-A registered operator costs tens of microseconds more than the call, and a traced loop over blocks would put
-thousands of nodes in a graph; so eager code calls the stage and traced code the operator.  The operators have no
-autograd of their own: :mod:`vicreg_fast.autograd` differentiates both.
+A registered operator costs tens of microseconds more than the call, and a traced loop over blocks would put thousands of
+nodes into a graph.  So eager code calls the backend, and traced code the operator.  The operators have no autograd of their
+own: :mod:`vicreg_fast.autograd` differentiates both.  No operator writes to its inputs.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import backends, precision
-from .multiview import Plan, index_shapes
+from .plan import Matches, Plan, index_size
 
 
-def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[the plan's outputs: weighted inv, var, cov and their sum of every loss, their total; then what is saved]."""
+def terms(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor] = ()) -> list[Tensor]:
+    """[the plan's outputs; the match index, if the plan matches patches; what the backward pass needs besides].
+
+    Outputs: weighted inv, var, cov and their sum of every loss, then the sum of all losses if there are several.
+    ``locations``: of both maps' patches; only plans that match patches have them.  The index: see :class:`plan.Matches`.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.terms(sources, indices, *plan)  # type: ignore[no-any-return]
-    return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
+        return torch.ops.vicreg_fast.terms(sources, locations, *plan)  # type: ignore[no-any-return]
+    return _terms_of(plan, sources, locations)
 
 
 def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    match_index: Tensor | None,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the sources that ``needs`` marks."""
-    if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.gradient(sources, indices, saved, upstream, needs, *plan)  # type: ignore[no-any-return]
-    stages = backends.stages(plan.backend)
-    return stages.gradient(plan, sources, indices, saved, upstream, needs)  # type: ignore[no-any-return]
+    """Gradients of the sources that ``needs`` marks, in their own types.
 
-
-def match(
-    maps: Sequence[Tensor],
-    locations: Sequence[Tensor],
-    counts: Sequence[int],
-    match_order: str,
-    across: bool,
-    backend: str,
-) -> list[Tensor]:
-    """Numbers of matched patches: by location, if there are locations, and by the maps' features.
-
-    ``maps``, ``locations``: of both views.  ``counts``: matches from the first view to the second and back; of one
-    direction alone, that one.  Tensors as :func:`multiview.index_shapes` says; of both directions' views, queries and
-    then their candidates.  Kernels add a zero, the ticket that the terms' programs are counted with.
+    ``upstream``, three scalars a group, multiplies the weighted terms; None: the term has no upstream gradient.
     """
-    maps, locations = [z.detach() for z in maps], [z.detach() for z in locations]
     if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.match(maps, locations, counts, match_order, across, backend)  # type: ignore[no-any-return]
-    return backends.stages(backend).match(maps, locations, counts, match_order, across)  # type: ignore[no-any-return]
+        return torch.ops.vicreg_fast.gradient(sources, match_index, saved, upstream, needs, *plan)  # type: ignore[no-any-return]
+    backend = backends.module(plan.backend)
+    return backend.gradient(plan, sources, match_index, saved, upstream, needs)  # type: ignore[no-any-return]
+
+
+def match(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
+    """Matches (2, B, m) of patches (B, P1, C) among (B, P2, C), nearest first: the queries' indices, the candidates'."""
+    queries, candidates = queries.detach(), candidates.detach()
+    if torch.compiler.is_compiling():
+        return torch.ops.vicreg_fast.match(queries, candidates, num_matches, backend)  # type: ignore[no-any-return]
+    return _match_of(queries, candidates, num_matches, backend)
 
 
 def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
     """Euclidean distances (B, m) of matches (2, B, m); carries no gradient."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.match_distances(queries, candidates, matches, backend)  # type: ignore[no-any-return]
-    return backends.stages(backend).match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+    return backends.module(backend).match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
 
 
-_PLAN = (
-    "int[] view_source, int[] group_sizes, int[] pairs, bool across, float gamma, float eps, "
-    "str? precision, bool covariance, str backend, float[] weights, bool keep, int averaged"
+def _terms_of(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor]) -> list[Tensor]:
+    backend = backends.module(plan.backend)
+    if not plan.match_counts:
+        return backend.terms(plan, sources, None)  # type: ignore[no-any-return]
+    # The arrival counter that matching zeroes never leaves this call.
+    matches: Matches = backend.match(sources, locations, plan.match_counts, plan.match_order, plan.per_slot)
+    results = backend.terms(plan, sources, matches)
+    return [*results[: plan.outputs], matches.index, *results[plan.outputs :]]
+
+
+def _match_of(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
+    found: Matches = backends.module(backend).match((queries, candidates), (), (num_matches,), "distance", False)
+    return found.index.view(2, queries.shape[0], num_matches)
+
+
+# -- the same as operators ----------------------------------------------------------------------------------------
+
+_SCHEMA_TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
+
+
+def _schema_type(annotation: Any) -> str:
+    """The schema's word for the annotation of a field of :class:`Plan`."""
+    if get_origin(annotation) is Sequence:
+        return f"{_SCHEMA_TYPES[get_args(annotation)[0]]}[]"
+    options = get_args(annotation)
+    if type(None) in options:
+        (given,) = (option for option in options if option is not type(None))
+        return f"{_SCHEMA_TYPES[given]}?"
+    return _SCHEMA_TYPES[annotation]
+
+
+def _plan_schema() -> str:
+    """The fields of :class:`Plan` as a schema has them; the number of matches may be symbolic."""
+    fields = {name: _schema_type(hint) for name, hint in get_type_hints(Plan).items()}
+    fields["match_counts"] = "SymInt[]"
+    return ", ".join(f"{kind} {name}" for name, kind in fields.items())
+
+
+torch.library.define(
+    "vicreg_fast::terms", f"(Tensor[] sources, Tensor[] locations, {_plan_schema()}) -> Tensor[]"
 )
-torch.library.define("vicreg_fast::terms", f"(Tensor[] sources, Tensor[] indices, {_PLAN}) -> Tensor[]")
 torch.library.define(
     "vicreg_fast::gradient",
-    "(Tensor[] sources, Tensor[] indices, Tensor[] saved, Tensor?[] upstream, bool[] needs, "
-    f"{_PLAN}) -> Tensor[]",
+    "(Tensor[] sources, Tensor? match_index, Tensor[] saved, Tensor?[] upstream, bool[] needs, "
+    f"{_plan_schema()}) -> Tensor[]",
 )
 torch.library.define(
     "vicreg_fast::match",
-    "(Tensor[] maps, Tensor[] locations, SymInt[] counts, str match_order, bool across, str backend) -> Tensor[]",
+    "(Tensor queries, Tensor candidates, SymInt num_matches, str backend) -> Tensor",
 )
 torch.library.define(
     "vicreg_fast::match_distances",
@@ -84,48 +115,57 @@ torch.library.define(
 )
 
 
+def _resolved_backend(backend: str, tensors: Sequence[Tensor]) -> str:
+    """The backend that "auto" means for these tensors; raises if the requested one cannot run on them."""
+    dtypes = [z.dtype for z in tensors]
+    backend = backends.resolve(backend, tensors[0].device, dtypes)
+    backends.require(backend, tensors[0].device, dtypes)
+    return backend
+
+
 def _resolved(constants: Sequence[Any], sources: Sequence[Tensor]) -> Plan:
-    """The plan that an operator was called with, its backend chosen for these sources."""
+    """The plan that an operator was called with, its backend resolved for these sources."""
     plan = Plan(*constants)
-    backend = backends.resolve(plan.backend, sources[0].device, [source.dtype for source in sources])
-    return plan._replace(backend=backend)
+    return plan._replace(backend=_resolved_backend(plan.backend, sources))
 
 
 @torch.library.impl("vicreg_fast::terms", "default")
-def _terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
-    plan = _resolved(constants, sources)
-    backends.require(plan.backend, sources[0].device, [source.dtype for source in sources])
-    return backends.stages(plan.backend).terms(plan, sources, indices)  # type: ignore[no-any-return]
+def _terms(sources: list[Tensor], locations: list[Tensor], *constants: Any) -> list[Tensor]:
+    return _terms_of(_resolved(constants, sources), sources, locations)
 
 
 @torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
-def _fake_terms(sources: list[Tensor], indices: list[Tensor], *constants: Any) -> list[Tensor]:
+def _fake_terms(sources: list[Tensor], locations: list[Tensor], *constants: Any) -> list[Tensor]:
     plan = _resolved(constants, sources)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
-    outputs = [new((), dtype=dtype) for _ in range(plan.outputs)]
-    saved = backends.stages(plan.backend).saved(plan, sources, indices)
-    return [*outputs, *(new(shape, dtype=dtype) for shape, dtype in saved)]
+    results = [new((), dtype=dtype) for _ in range(plan.outputs)]
+    index = None
+    if plan.match_counts:
+        index = new(index_size(sources[0].shape[0], plan.match_counts, plan.losses), dtype=torch.int64)
+        results.append(index)
+    saved = backends.module(plan.backend).saved(plan, sources, index)
+    return [*results, *(new(shape, dtype=kind) for shape, kind in saved)]
 
 
 @torch.library.impl("vicreg_fast::gradient", "default")
 def _gradient(
     sources: list[Tensor],
-    indices: list[Tensor],
+    match_index: Tensor | None,
     saved: list[Tensor],
     upstream: list[Tensor | None],
     needs: list[bool],
     *constants: Any,
 ) -> list[Tensor]:
     plan = _resolved(constants, sources)
-    stages = backends.stages(plan.backend)
-    return stages.gradient(plan, sources, indices, saved, upstream, needs)  # type: ignore[no-any-return]
+    backend = backends.module(plan.backend)
+    return backend.gradient(plan, sources, match_index, saved, upstream, needs)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::gradient")  # type: ignore[untyped-decorator]
 def _fake_gradient(
     sources: list[Tensor],
-    indices: list[Tensor],
+    match_index: Tensor | None,
     saved: list[Tensor],
     upstream: list[Tensor | None],
     needs: list[bool],
@@ -134,47 +174,20 @@ def _fake_gradient(
     return [source.new_empty(source.shape) for source, need in zip(sources, needs, strict=True) if need]
 
 
-def _resolved_backend(backend: str, maps: Sequence[Tensor]) -> str:
-    """The backend that "auto" means for these maps; raises where the one that is asked for cannot run on them."""
-    dtypes = [z.dtype for z in maps]
-    backend = backends.resolve(backend, maps[0].device, dtypes)
-    backends.require(backend, maps[0].device, dtypes)
-    return backend
-
-
 @torch.library.impl("vicreg_fast::match", "default")
-def _match(
-    maps: list[Tensor],
-    locations: list[Tensor],
-    counts: list[int],
-    match_order: str,
-    across: bool,
-    backend: str,
-) -> list[Tensor]:
-    stages = backends.stages(_resolved_backend(backend, maps))
-    return stages.match(maps, locations, counts, match_order, across)  # type: ignore[no-any-return]
+def _match(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
+    return _match_of(queries, candidates, num_matches, _resolved_backend(backend, [queries, candidates]))
 
 
 @torch.library.register_fake("vicreg_fast::match")  # type: ignore[untyped-decorator]
-def _fake_match(
-    maps: list[Tensor],
-    locations: list[Tensor],
-    counts: list[int],
-    match_order: str,
-    across: bool,
-    backend: str,
-) -> list[Tensor]:
-    shapes = index_shapes(maps[0].shape[0], counts, across) * (2 if locations else 1)
-    found = [maps[0].new_empty(shape, dtype=torch.int64) for shape in shapes]
-    if _resolved_backend(backend, maps) == "triton":
-        found.append(maps[0].new_empty(1, dtype=torch.int32))
-    return found
+def _fake_match(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
+    return queries.new_empty((2, queries.shape[0], num_matches), dtype=torch.int64)
 
 
 @torch.library.impl("vicreg_fast::match_distances", "default")
 def _match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
-    stages = backends.stages(_resolved_backend(backend, [queries, candidates]))
-    return stages.match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+    module = backends.module(_resolved_backend(backend, [queries, candidates]))
+    return module.match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("vicreg_fast::match_distances")  # type: ignore[untyped-decorator]

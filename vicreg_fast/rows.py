@@ -5,10 +5,10 @@ A view is P problems of N rows of D features.  Element (p, n, d) lies at
     ptr + p * s_p + n * s_n + patch[p, n] * s_i + d * s_d
 
 - no patch, problems first: s_i = 0.  The source is (P, N, D); a plain batch of embeddings.
-- no patch, ``across``: s_i = 0.  The source is (N, P, D): problem p is patch p of every image.
+- no patch, ``per_slot``: s_i = 0.  The source is (N, P, D): problem p is patch p of every image.
 - a patch: s_n = 0, s_i the patch stride.  The source is (P, L, D): problem p is image p, its rows are the
   patches that ``patch`` (P, N) names.
-- a patch, ``across``: s_p = 0, s_n the image stride, s_i the patch stride.  The source is (N, L, D): problem
+- a patch, ``per_slot``: s_p = 0, s_n the image stride, s_i the patch stride.  The source is (N, L, D): problem
   p is match slot p, its n-th row is the patch patch[p, n] of image n.
 
 Sources keep whatever strides they came with.
@@ -18,35 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# With fewer samples, and more columns, the dual side keeps no moments for the backward pass: three numbers a column would
-# be most of the memory that there is to work in, twice the inputs, and centring so few again costs little.
-FEW_SAMPLES = 8
-# Of two views, 192 KiB of float32: they need not be saved.
-_FEW_COLUMNS = 1 << 13
-
-
-def uses_dual(P: int, N: int, D: int) -> bool:
-    """Whether the covariance of P problems (N, D) is computed on the N x N side rather than on D x D.
-
-    The dual side subtracts sum(v^2) from sum(G^2) and amplifies rounding by D / (D - N + 1), which is 5 at
-    N = 0.8 D and 513 at 1024 x 1025; beyond 0.8 D the primal side costs at most a quarter more.  Few features
-    of one problem are primal too: their D x D product takes no time, and nothing needs subtracting.
-    """
-    return 5 * N <= 4 * D and (D > 64 or P > 1)
-
-
-def keeps_moments(P: int, N: int, D: int) -> bool:
-    """Whether the forward pass keeps the columns' moments for the backward pass."""
-    return not uses_dual(P, N, D) or N >= FEW_SAMPLES or P * D <= _FEW_COLUMNS
-
-
-def keeps_operand_variance(P: int, N: int, D: int, device: torch.device, product: str = "ieee") -> bool:
-    """Whether vhat is kept beside v: on the dual side, wherever a faster product may round its operands.
-
-    On a CUDA device that does not depend on torch's setting, which may change between tracing and running.
-    """
-    return uses_dual(P, N, D) and (product != "ieee" or device.type == "cuda")
 
 
 class Block(NamedTuple):
@@ -70,20 +41,20 @@ class Rows(NamedTuple):
 
     source: Tensor
     patch: Tensor | None = None
-    across: bool = False
+    per_slot: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(P, N, D)."""
         first, second = self.source.shape[:2] if self.patch is None else self.patch.shape
-        if self.patch is None and self.across:
+        if self.patch is None and self.per_slot:
             first, second = second, first
         return first, second, self.source.shape[2]
 
     def _image(self, block: Block) -> Tensor:
         """The first coordinate of every row of a block in a source of patches, broadcastable to (p, n)."""
         image = torch.arange(self.source.shape[0], device=self.source.device)
-        return image[block.rows][None, :] if self.across else image[block.problems][:, None]
+        return image[block.rows][None, :] if self.per_slot else image[block.problems][:, None]
 
     def _row(self, block: Block, patch: Tensor) -> Tensor:
         """The numbers of a block's rows in the source's first two dimensions flattened: (p * n,)."""
@@ -91,7 +62,7 @@ class Rows(NamedTuple):
 
     def of(self, tensor: Tensor, block: Block) -> Tensor:
         """The block's rows (p, n, d) of a tensor of the source's shape, as a view; for rows without ``patch``."""
-        if self.across:
+        if self.per_slot:
             tensor = tensor.transpose(0, 1)
         return tensor if block is WHOLE else tensor[block]
 

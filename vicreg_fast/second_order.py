@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import precision
-from .multiview import Plan, problems
-from .rows import FEW_SAMPLES, WHOLE, uses_dual
+from .plan import Plan, problems
+from .rows import WHOLE
+from .scales import Normalisation
+from .sides import FEW_SAMPLES, uses_dual
 
 
 def _statistics_gradient(
@@ -49,7 +51,7 @@ def _scaled(up: Tensor | None, factor: float) -> Tensor | None:
 def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    match_index: Tensor | None,
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -60,16 +62,15 @@ def gradient(
         for s, need in zip(sources, needs, strict=True)
     ]
     with precision.exact_products("ieee", sources[0].device):
-        for number, group in enumerate(plan.groups(sources, indices)):
+        for number, group in enumerate(plan.groups(sources, match_index)):
             z = [rows.read(WHOLE).to(dtype) for _, rows in group]
-            V = len(z)
-            P, _, D = z[0].shape
+            over = Normalisation(len(z), len(plan.pair_list), *z[0].shape)
             ups = upstream[3 * number : 3 * number + 3]
             inv, var, cov = (_scaled(up, w) for up, w in zip(ups, plan.weights, strict=True))
-            var, cov = _scaled(var, 1 / (V * P * D)), _scaled(cov, 2 / (V * P * D))
+            var, cov = _scaled(var, 1 / over.columns), _scaled(cov, 2 / over.columns)
             g = [_statistics_gradient(each, var, cov, plan) for each in z]
             if inv is not None:
-                factor = inv * 2 / (max(1, len(plan.pair_list)) * z[0].numel())
+                factor = inv * 2 / over.differences
                 for i, j in plan.pair_list:
                     d = (z[i] - z[j]) * factor
                     g[i].append(d)

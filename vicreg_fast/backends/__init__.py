@@ -1,4 +1,7 @@
-"""The stages of the losses, once per backend, and the choice between them."""
+"""The backends, and the choice between them.
+
+``<name>_backend.py`` is a backend: ``terms``, ``gradient``, ``match``, ``match_distances`` and ``saved``.
+"""
 
 import functools
 import importlib
@@ -16,7 +19,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 @functools.cache
 def _installed() -> bool:
-    """Whether there is a Triton, asked once: looking through the path takes as long as a launch."""
+    """Whether Triton is installed.  Cached, because searching the path takes as long as a launch."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -36,14 +39,14 @@ def _obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None
 
 
 def resolve(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The backend that "auto" means for tensors of these types on a device; others as they are."""
+    """The backend that "auto" means for tensors of these types on a device; any other name is returned unchanged."""
     if backend != "auto":
         return backend
     return "aten" if _obstacle(device, dtypes) else "triton"
 
 
 def require(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    """Raise where a backend cannot run on tensors of these types on a device."""
+    """Raise if a backend cannot run on tensors of these types on a device."""
     if backend == "triton" and (obstacle := _obstacle(device, dtypes)):
         raise ValueError(f"backend='triton' cannot run on {device}: {obstacle}")
 
@@ -57,8 +60,8 @@ def choose(
 ) -> str:
     """The backend that a request means for inputs on a device: "aten", "triton" or "reference".
 
-    In traced code, which must not ask a device what it is, "auto" and "triton" stay as they are: the operator resolves
-    them when it runs.  ``covariance``: without it there is nothing to fuse, and ATen's reduction does it.
+    Traced code must not query a device, so "auto" and "triton" are returned unchanged there, and the operator resolves
+    them when it runs.  ``covariance=False`` means ATen: a variance alone is one reduction, with nothing to fuse.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend needs one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -71,6 +74,6 @@ def choose(
 
 
 @functools.cache
-def stages(backend: str) -> ModuleType:
-    """The module of a chosen backend's stages, imported at its first use."""
-    return importlib.import_module(f".{backend}.stages", __name__)
+def module(backend: str) -> ModuleType:
+    """The module of a chosen backend, imported at its first use."""
+    return importlib.import_module(f".{backend}_backend", __name__)

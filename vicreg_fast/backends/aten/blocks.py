@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ...rows import WHOLE, Block, Rows, keeps_moments, uses_dual
+from ...rows import WHOLE, Block, Rows
+from ...sides import keeps_moments, uses_dual
 
 # Elements of all the buffers of a block: 6 MiB of float32.  On two cores half of it took 0.94 to 1.1 times as long over
 # ten shapes, a quarter 1.0 to 1.25 times, twice as much 0.95 to 1.1 times.
@@ -25,13 +26,15 @@ def _equal(count: int, most: int) -> int:
 
 
 def spare_elements(
-    groups: Sequence[Sequence[tuple[int, Rows]]], sources: Sequence[Tensor], indices: Sequence[Tensor]
+    groups: Sequence[Sequence[tuple[int, Rows]]], sources: Sequence[Tensor], match_index: Tensor | None
 ) -> int:
     """How many elements working buffers may have: memory is bounded by twice the inputs, M apart.
 
     The moments that are kept for the backward pass and the rows' numbers count against it.
     """
-    spare = 2 * sum(source.numel() for source in sources) - 2 * sum(index.numel() for index in indices)
+    spare = 2 * sum(source.numel() for source in sources)
+    if match_index is not None:
+        spare -= 2 * match_index.numel()  # int64 beside float32
     if spare <= SMALL_ELEMENTS:
         return spare  # not asked for more precisely
     for group in groups:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import gradient as kernels
-from ...multiview import Plan
+from ...plan import Plan
 from .configs import Gradient, Key, Machine, choose, launch_options
 from .launch import Products, Views
 

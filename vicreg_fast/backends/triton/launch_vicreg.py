@@ -11,8 +11,8 @@ from ...kernels import combine as combine_kernels
 from ...kernels import gram as gram_kernels
 from ...kernels import moments as moments_kernels
 from ...kernels import second_moment as second_moment_kernels
-from ...multiview import Plan
-from ...rows import FEW_SAMPLES, uses_dual
+from ...plan import Plan
+from ...sides import FEW_SAMPLES, uses_dual
 from .configs import INTERPRETER, Key, Machine, Moments, Product, Split, choose, launch_options, split
 from .launch import Products, Views
 

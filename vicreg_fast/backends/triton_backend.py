@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...multiview import Plan, problems
+from ...plan import Plan, problems
 from . import configs, launch, local, matching, scatter, tuning
 from . import gradient as _gradient
 from . import terms as _terms

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kernels import matching as kernels
-from ...multiview import index_shapes
+from ...plan import index_shapes
 from ..aten.matching import MAX_COORDINATES
 from .configs import Key, Machine, Matching, choose, launch_options
 from .launch import block_of, by_direction, products

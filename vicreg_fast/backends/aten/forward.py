@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...multiview import Plan
-from ...rows import FEW_SAMPLES, Block, Rows, keeps_moments, keeps_operand_variance, uses_dual
+from ...plan import Plan
+from ...rows import Block, Rows
+from ...scales import Normalisation
+from ...sides import FEW_SAMPLES, keeps_moments, keeps_operand_variance, uses_dual
 from .blocks import blocks
 
 # Elements whose squares are summed at once, at least and at most: their float64 copy stays in the cache.
@@ -272,16 +274,16 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
             v = _join(counts, chunks, into, None if M is None else M[group].flatten(0, 1))
             finish(v, v, into)
 
-    w_inv, w_var, w_cov = plan.weights
-    var = (_sum(hinges, wide) * (w_var / (V * P * D))).to(dtype)
+    factor = gram_scale(N) * (N - 1)
+    scales = Normalisation(V, len(pairs), P, N, D).terms(plan.weights, factor)
+    var = (_sum(hinges, wide) * scales.var).to(dtype)
     if pairs:
-        inv = (_sum(differences, wide) * (w_inv / (len(pairs) * P * N * D))).to(dtype)
+        inv = (_sum(differences, wide) * scales.inv).to(dtype)
     else:
         inv = torch.zeros_like(var)
     if M is None:
         return [inv, var, torch.zeros_like(var), inv + var], Statistics(moments, var.new_empty(0))
     _mirror(M)
-    correction = (gram_scale(N) * (N - 1)) ** 2
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     if energy is None:
         diagonal.zero_()
@@ -290,6 +292,6 @@ def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[
         diagonal.copy_(energy.squeeze(3).mul_(gram_scale(N)))
         # What is taken off stays finite: infinite covariances are infinite, not nowhere.
         taken_off = _sum(operand_squares, wide).clamp_max_(torch.finfo(wide).max)
-        norm = torch.sub(_sum_of_squares(M, wide), taken_off, alpha=correction).clamp_min_(0)
-    cov = (norm * (w_cov / (correction * V * P * D))).to(dtype)
+        norm = torch.sub(_sum_of_squares(M, wide), taken_off, alpha=factor**2).clamp_min_(0)
+    cov = (norm * scales.cov).to(dtype)
     return [inv, var, cov, inv + var + cov], Statistics(moments, M)

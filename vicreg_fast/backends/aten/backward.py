@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ... import precision
-from ...multiview import Plan
-from ...rows import FEW_SAMPLES, Block, Rows, uses_dual
+from ...plan import Plan
+from ...rows import Block, Rows
+from ...scales import Normalisation
+from ...sides import FEW_SAMPLES, uses_dual
 from .blocks import blocks
-from .terms import Statistics, gram_scale, recomputed_moments
+from .forward import Statistics, gram_scale, recomputed_moments
 
 
 class _Sum:
@@ -78,19 +80,20 @@ def gradient(
     dual = uses_dual(P, N, D)
     rounds = product != "ieee"
     inv_up, var_up, cov_up = upstream
-    w_inv, w_var, w_cov = plan.weights
     needed = {view: total for view, total in enumerate(totals) if total is not None}
     in_place = {view: not add and total.dtype == dtype for view, total in needed.items()}
 
     pairs = plan.pair_list if inv_up is not None else []
+    gram_factor = gram_scale(N) * (N - 1)
+    scales = Normalisation(V, len(plan.pair_list), P, N, D).gradients(plan.weights, gram_factor)
     if inv_up is not None and pairs:
-        factor = inv_up * (2 * w_inv / (len(pairs) * P * N * D))
+        factor = inv_up * scales.inv
         factors = factor, -factor
-    slope = None if var_up is None else var_up * (-w_var / (V * P * D * (N - 1)))
+    slope = None if var_up is None else var_up * scales.var
     # Of the product with M.
     scale = None
     if cov_up is not None and plan.covariance:
-        scale = cov_up * (4 * w_cov / (V * P * D * (N - 1) ** 2 * gram_scale(N)))
+        scale = cov_up * scales.cov
     # Either factor of the product may bear its scale.  A scaled copy of a small M costs nothing; one of a large M would
     # be the largest tensor of the backward pass, and fresh memory costs more than a pass over a block in the cache.
     scales_M = scale is not None and 4 * statistics.M[0, 0].numel() <= N * D
@@ -109,7 +112,7 @@ def gradient(
             factor = torch.where((std < plan.gamma) & (std > 0), slope / std, 0.0)
         if scale is not None and dual:
             operand_factor = (operand_v[0] if operand_v else deviation.square()) * (
-                scale * (-gram_scale(N) * (N - 1))
+                scale * -gram_factor
             )
             if not rounds:  # o is c: one factor
                 factor = operand_factor if factor is None else operand_factor.add_(factor)

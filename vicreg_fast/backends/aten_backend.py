@@ -1,45 +1,45 @@
-"""The stages that a backend offers, composed for a plan: ``terms``, ``gradient``, ``match``."""
+"""The ATen backend: closed forms in PyTorch's operators, for every device and type."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ... import precision
-from ...multiview import Plan, index_shapes, problems
-from ...rows import WHOLE, Rows, keeps_moments, keeps_operand_variance, uses_dual
-from . import gradient as _gradient
-from . import matching
-from . import terms as _terms
-from .blocks import spare_elements
+from .. import precision
+from ..plan import Matches, Plan, problems
+from ..rows import WHOLE, Rows
+from ..sides import keeps_moments, keeps_operand_variance, side_of
+from .aten import backward, forward, nearest_patches
+from .aten.blocks import spare_elements
 
 
 def saved(
-    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]
+    plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what is saved besides the inputs: every group's moments and M, (0,) where there is nothing."""
+    """Shapes and types of what is saved besides the inputs: each group's moments and M; (0,) if there is nothing."""
     dtype = precision.accumulation_dtype([source.dtype for source in sources])
     shapes: list[tuple[int, ...]] = []
-    for group in plan.groups(sources, indices):
+    for group in plan.groups(sources, match_index):
         V = len(group)
         P, N, D = group[0][1].shape
-        side = N if uses_dual(P, N, D) else D
+        side = side_of(P, N, D)
         rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, sources[0].device) else 3
         shapes.append((rows, P, V, 1, D) if keeps_moments(P, N, D) else (0,))
         shapes.append((P, V, side, side) if plan.covariance else (0,))
     return [(shape, dtype) for shape in shapes]
 
 
-def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every loss, their total, then moments and M of every group]."""
+def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> list[Tensor]:
+    """[the plan's outputs, then moments and M of every group]."""
+    match_index = None if matches is None else matches.index
     product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
-    groups = list(plan.groups(sources, indices))
-    spare = spare_elements(groups, sources, indices)
+    groups = list(plan.groups(sources, match_index))
+    spare = spare_elements(groups, sources, match_index)
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with precision.exact_products(product, sources[0].device):
         for group in groups:
-            value, statistics = _terms.terms([rows for _, rows in group], plan, product, spare)
+            value, statistics = forward.terms([rows for _, rows in group], plan, product, spare)
             values.extend(value)
             saved.extend(statistics)
     return [*plan.outputs_of(values), *saved]
@@ -48,39 +48,36 @@ def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> l
 def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    match_index: Tensor | None,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the sources that ``needs`` marks, in their own types.
-
-    ``upstream``, three scalars a group, multiplies the weighted terms; None where a term has no upstream gradient.
-    """
+    """Gradients of the sources that ``needs`` marks: see :func:`vicreg_fast.operators.gradient`."""
     device = sources[0].device
     dtypes = [source.dtype for source in sources]
     product = precision.resolve_product(plan.precision, device, dtypes)
-    groups = list(plan.groups(sources, indices))
-    spare = spare_elements(groups, sources, indices)
-    # Where each source is one plain view, every element is written once; else contributions add up.
-    add = bool(indices) or len(plan.view_source) > plan.source_count
+    groups = list(plan.groups(sources, match_index))
+    spare = spare_elements(groups, sources, match_index)
+    # If each source is one view with all its rows, every element is written once; otherwise contributions add up.
+    add = match_index is not None or len(plan.view_source) > plan.source_count
     totals: list[Tensor | None] = [None] * len(sources)
-    for number, (source, need) in enumerate(zip(sources, needs, strict=True)):
+    for k, (source, need) in enumerate(zip(sources, needs, strict=True)):
         if need and add:
             dtype = precision.accumulation_dtype(dtypes)
-            totals[number] = torch.zeros(source.shape, dtype=dtype, device=device)
+            totals[k] = torch.zeros(source.shape, dtype=dtype, device=device)
             spare -= source.numel() if source.dtype != dtype else 0
         elif need:
-            totals[number] = torch.empty(source.shape, dtype=source.dtype, device=device)
+            totals[k] = torch.empty(source.shape, dtype=source.dtype, device=device)
     with precision.exact_products(product, device):
-        for number, group in enumerate(groups):
-            _gradient.gradient(
+        for k, group in enumerate(groups):
+            backward.gradient(
                 [rows for _, rows in group],
                 plan,
                 product,
                 spare,
-                _terms.Statistics(*saved[2 * number : 2 * number + 2]),
-                upstream[3 * number : 3 * number + 3],
+                forward.Statistics(*saved[2 * k : 2 * k + 2]),
+                upstream[3 * k : 3 * k + 3],
                 [None if (total := totals[source]) is None else problems(total) for source, _ in group],
                 add=add,
             )
@@ -92,22 +89,20 @@ def match(
     locations: Sequence[Tensor],
     counts: Sequence[int],
     match_order: str,
-    across: bool,
-) -> list[Tensor]:
-    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`."""
-    found: list[Tensor] = []
+    per_slot: bool,
+) -> Matches:
+    """Match patches by location, if there are locations, and by feature: see :class:`vicreg_fast.plan.Matches`.
+
+    ``maps``, ``locations``: of x and y.  ``counts``: matches from x to y and from y to x, or the former alone.
+    """
+    index: list[Tensor] = []
     with precision.exact_products("ieee", maps[0].device):
         for queries, candidates in [locations, maps] if locations else [maps]:
-            directions = matching.nearest(queries, candidates, both=len(counts) == 2)
-            chosen = [
-                index.t() if across else index
-                for nearest, m in zip(directions, counts, strict=True)
-                for index in matching.select(nearest, m, match_order)
-            ]
-            for V, _, _ in index_shapes(len(queries), counts, across):
-                found.append(torch.stack(chosen[:V]))
-                chosen = chosen[V:]
-    return found
+            directions = nearest_patches.nearest(queries, candidates, both=len(counts) == 2)
+            for nearest, m in zip(directions, counts, strict=True):
+                for side in nearest_patches.select(nearest, m, match_order):
+                    index.append((side.t() if per_slot else side).reshape(-1))
+    return Matches(torch.cat(index))
 
 
 def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Tensor:

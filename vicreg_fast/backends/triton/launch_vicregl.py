@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import local as kernels
-from ...multiview import Plan
-from ...rows import uses_dual
+from ...plan import Plan
+from ...sides import uses_dual
 from .configs import Key, Local, LocalGradient, Machine, choose, launch_options
 from .launch import Products, block_of, by_direction
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import precision
-from ...rows import Rows, uses_dual
+from ...rows import Rows
+from ...sides import uses_dual
 from .configs import Key, Machine
 
 _LANGUAGE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
