@@ -1,8 +1,8 @@
-"""Compiles every kernel for a GPU that need not be there, and says what it would take: registers, shared memory, opcodes.
+"""Compiles every kernel for a GPU that need not be present, and prints its registers, shared memory and opcodes.
 
-What is compiled is what the library launches: its launchers run on tensors without data, as if on the target, and each
-launch is taken down in place of being made.  A variant is a defect if it spills, overruns the target's shared memory,
-misses the tensor cores, or if its offsets are not 64-bit.
+What is compiled is what the library launches: its launchers run on tensors without data, as if on the target, and each launch
+is recorded instead of made.  A variant has a defect if it spills, exceeds the target's shared memory, does not use the tensor
+cores, or has offsets that are not 64-bit.
 """
 
 import concurrent.futures
@@ -10,7 +10,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vicreg_fast.backends.triton import configs, launch, matching, stages
-from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Plan, local_views
+from vicreg_fast.backends import triton_backend
+from vicreg_fast.backends.triton import arguments, configs, launch_matching
+from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Matches, Plan, local_views
 
-# Bytes of shared memory: of a program, and of a processor.
+# Bytes of shared memory: the most that a CTA may have, and those of an SM.
 SHARED_MEMORY = {
     "cuda:80": (166912, 167936),
     "cuda:86": (101376, 102400),
@@ -37,8 +38,8 @@ SHARED_MEMORY = {
     "cuda:120": (101376, 102400),
     "hip:gfx942": (65536, 65536),
 }
-# (P, N, D): between them every row of the tables, both sides, products whole, split, and both; odd sizes, whose code
-# is another.
+# (P, N, D): together they reach every row of the tables, both sides, full tiles, split tiles, and both; and sizes that are
+# no multiple of 16, which compile to other code.
 SHAPES = (
     (64, 16, 512),
     (64, 20, 512),
@@ -57,7 +58,7 @@ SHAPES = (
 
 
 class Maps(NamedTuple):
-    """Two maps of B images, P1 and P2 patches, C channels, and what is matched of them."""
+    """Two maps of B images, P1 and P2 patches and C channels, and the numbers of matches."""
 
     B: int
     P1: int
@@ -94,105 +95,110 @@ _POINTERS = {
 }
 
 
+Path_ = tuple[int, ...]  # of a kernel's argument: its position, and positions within NamedTuples
+
+
 class Variant(NamedTuple):
     """A kernel and what Triton compiles it for."""
 
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[int, ...]  # positions of arguments that are multiples of 16
+    signature: dict[str, Any]  # of a NamedTuple: a NamedTuple of its members' types
+    constants: dict[Path_, Any]
+    aligned: tuple[Path_, ...]  # arguments that are multiples of 16
     options: dict[str, Any]
 
     def key(self) -> str:
-        """What tells it from others."""
+        """Identifies the variant."""
         return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
 
+    @property
+    def named_constants(self) -> dict[str, Any]:
+        """The compile-time arguments by name; None for an argument that is absent."""
+        names = self.kernel.arg_names
+        return {names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
+
     def __str__(self) -> str:
-        shown: tuple[str, ...] = (
-            "VIEWS",
-            "HAS_INDEX",
-            "DUAL",
-            "ROUND",
-            "KEEP",
-            "LAST",
-            "FEW",
-            "AXES",
-            "LOCATION_AXES",
-            "NATIVE",
-        )
-        shown += ("BOTH", "WHOLE", "PATCH", "X", "Y", "INV", "COV")
-        blocks = [v for k, v in self.constants.items() if k.startswith("BLOCK")]
+        named = self.named_constants
+        blocks = [v for k, v in named.items() if k.startswith("BLOCK")]
         flags = [
             k.lower() if v is True else f"{k.lower()}={v}"
-            for k, v in self.constants.items()
-            if k in shown and v
+            for k, v in named.items()
+            if k.isupper() and v and not k.startswith("BLOCK") and not k.endswith(("_TYPE", "PRECISION"))
         ]
-        inputs = self.signature.get("x_ptr", self.signature.get("operand_ptr", ""))
+        flags += [f"no {k.removesuffix('_ptr')}" for k, v in named.items() if v is None]
+        sources = [v for k, v in self.signature.items() if k in ("views", "x")]
+        inputs = str(sources[0][0] if sources else "").replace("Source", "").partition(",")[0].strip("(ptr='*")
         name = self.kernel.__name__.strip("_").replace("_kernel", "").replace("_forward", "")
         options = f"w{self.options['num_warps']}s{self.options.get('num_stages', '')}"
         return f"{name} {inputs} {'x'.join(map(str, blocks))} {options} {' '.join(flags)}"
 
 
 class Resources(NamedTuple):
-    """What a compiled variant takes, and what is wrong with it."""
+    """What a compiled variant takes, and its defects."""
 
     registers: int
     spilled: int  # bytes a thread
     shared: int
-    resident: int  # programs that share a processor
+    ctas_per_sm: int
     opcodes: tuple[str, ...]
     defects: tuple[str, ...]
 
 
-def machine(target: str) -> configs.Machine:
+def device_of(target: str) -> configs.Device:
     """What configurations are chosen by on a target."""
     backend, arch = target.split(":")
-    name = configs.family(*divmod(int(arch), 10)) if backend == "cuda" else arch
-    return configs.Machine(name, 132 if backend == "cuda" else 304)
+    name = configs.architecture(*divmod(int(arch), 10)) if backend == "cuda" else arch
+    return configs.Device(name, 132 if backend == "cuda" else 304)
 
 
-def _variant(kernel: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Variant:
+def _variant(kernel: Any, keywords: dict[str, Any]) -> Variant:
     """What Triton would compile for a launch: by each argument's type, and whether it is 1 or a multiple of 16."""
-    signature, constants, aligned = {}, {}, []
-    options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
-    named = dict(zip(kernel.arg_names, arguments, strict=False)) | {
-        k: v for k, v in keywords.items() if k in kernel.arg_names
-    }
+    constants: dict[Path_, Any] = {}
+    aligned: list[Path_] = []
+
+    def describe(value: Any, path: Path_, specialize: bool) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(describe(v, (*path, k), specialize) for k, v in enumerate(value)))
+        if isinstance(value, Tensor):
+            aligned.append(path)
+            return "*" + _POINTERS[value.dtype]
+        if value is None or (value == 1 and isinstance(value, int) and specialize):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and specialize:
+            aligned.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature: dict[str, Any] = {}
     for position, parameter in enumerate(kernel.params):
-        name, value = parameter.name, named[parameter.name]
+        value = keywords[parameter.name]
         if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _POINTERS[value.dtype]
-            aligned.append(position)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
+            signature[parameter.name], constants[position,] = "constexpr", value
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(position)
+            signature[parameter.name] = describe(value, (position,), not parameter.do_not_specialize)
+    options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
     return Variant(kernel, signature, constants, tuple(aligned), options)
 
 
 def _run(plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Forward and backward of a plan on tensors of this shape and type."""
     P, N, D = shape
-    indexed = len(plan.view_source) > 2
+    indexed = bool(plan.match_counts)
     sources = [torch.empty(P, 2 * N if indexed else N, D, dtype=dtype, device="cuda")] * plan.source_count
     if P * N * D > 1 << 30:  # strides of x are 32-bit numbers, those of y are not
         sources[1] = torch.empty_strided(shape, (2 * N * D, 2 * D, 1), dtype=dtype, device="cuda")
-    indices = [torch.empty(4, P, N, dtype=torch.int64, device="cuda")] if indexed else []
-    outputs = stages.terms(plan, sources, indices)
-    if plan.keep:
-        upstream = outputs[:3]
+    index = torch.empty(4 * P * N, dtype=torch.int64, device="cuda") if indexed else None
+    results = triton_backend.terms(plan, sources, None if index is None else Matches(index))
+    if plan.save_for_backward:
+        upstream = results[:3]
         for needs in ([True] * len(sources), [True] + [False] * (len(sources) - 1)):
-            stages.gradient(plan, sources, indices, outputs[plan.outputs :], upstream, needs)
+            triton_backend.gradient(plan, sources, index, results[plan.outputs :], upstream, needs)
 
 
 def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
-    """Matches of both kinds and of features alone, and the local loss, forward and backward."""
+    """Matches of both kinds and of features alone, and VICRegL's local part, forward and backward."""
 
     def empty(P: int, channels: int, dtype: torch.dtype) -> Tensor:
         shape = (maps.B, P, channels)
@@ -202,39 +208,41 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
 
     sources = [empty(P, maps.C, dtype) for P in (maps.P1, maps.P2)]
     locations = [empty(P, maps.coordinates, maps.locations) for P in (maps.P1, maps.P2)]
-    indices = stages.match(sources, locations, maps.counts, "distance", False)
-    stages.match(sources, locations, maps.counts, "patch", True)
-    matches, *_ = stages.match(sources, [], maps.counts[:1], "distance", False)
-    stages.match_distances(sources[0], sources[1], matches)
+    matches = triton_backend.match(sources, locations, maps.counts, "distance", False)
+    triton_backend.match(sources, locations, maps.counts, "patch", True)
+    features_alone = triton_backend.match(sources, [], maps.counts[:1], "distance", False)
+    one_direction = features_alone.index.view(2, maps.B, maps.counts[0])
+    triton_backend.match_distances(sources[0], sources[1], one_direction)
     plan = local_views(maps.counts)._replace(precision=precision)
-    stages.terms(plan._replace(keep=False), sources, indices)
-    outputs = stages.terms(plan, sources, indices)
-    ups: list[Tensor | None] = [*outputs[:3]] * len(plan.group_sizes)
+    triton_backend.terms(plan._replace(save_for_backward=False), sources, matches)
+    results = triton_backend.terms(plan, sources, matches)
+    ups: list[Tensor | None] = [*results[:3]] * len(plan.group_sizes)
     for upstream, needs in (
         (ups, [True, True]),
         (ups, [False, True]),
         ([None, None, *ups[2:]], [True, False]),
     ):
-        stages.gradient(plan, sources, indices, outputs[plan.outputs :], upstream, needs)
+        triton_backend.gradient(plan, sources, matches.index, results[plan.outputs :], upstream, needs)
 
 
 def variants(target: str) -> Iterator[Variant]:
     """Every different variant that the library launches on a target, for SHAPES, types, precisions and kinds of views."""
-    gpu = machine(target)
+    gpu = device_of(target)
     seen: dict[str, Variant] = {}
 
-    def take_down(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        variant = _variant(kernel, arguments, keywords)
+    def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
+        variant = _variant(kernel, keywords)
         seen.setdefault(variant.key(), variant)
 
+    # One loss of gathered rows: VICReg's kernels compute it.
     one_group = LOCAL_VIEWS._replace(view_source=LOCAL_VIEWS.view_source[:4], group_sizes=(4,))
     with (
         FakeTensorMode(),
-        mock.patch.object(JITFunction, "run", take_down),
-        mock.patch.object(configs, "machine", return_value=gpu),
-        mock.patch.object(launch, "on_device", return_value=nullcontext()),
-        # ATen's, and not for tensors without a device.
-        mock.patch.object(matching, "_by_number", return_value=None),
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(configs, "device_of", return_value=gpu),
+        mock.patch.object(arguments, "on_device", return_value=nullcontext()),
+        # No kernel, and not for tensors without data.
+        mock.patch.object(launch_matching, "_sort_by_query", return_value=None),
     ):
         for shape in SHAPES:
             for dtype in DTYPES.values():
@@ -245,10 +253,11 @@ def variants(target: str) -> Iterator[Variant]:
                     plan = TWO_VIEWS._replace(precision=precision)
                     _run(plan, shape, dtype)
                     if precision is None:
-                        _run(plan._replace(keep=False), shape, dtype)
+                        _run(plan._replace(save_for_backward=False), shape, dtype)
                         _run(ONE_VIEW._replace(precision=precision), shape, dtype)
                     if precision is None or dtype == torch.float32:
-                        _run(one_group._replace(precision=precision, across=False), shape, dtype)
+                        gathered = one_group._replace(precision=precision, match_counts=(shape[1],) * 2)
+                        _run(gathered, shape, dtype)
         for maps in MAPS:
             for dtype in DTYPES.values():
                 for precision in (None, "highest", "high") if dtype == torch.float32 else (None,):
@@ -260,43 +269,48 @@ def examine(variant: Variant, target: str) -> Resources:
     """Compile a variant and look at what came out."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    attributes = {(position,): [["tt.divisibility", 16]] for position in variant.aligned}
+    attributes = {path: [["tt.divisibility", 16]] for path in variant.aligned}
     source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
     compiled = triton.compile(source, target=gpu, options=variant.options)
     threads = variant.options["num_warps"] * gpu.warp_size
-    limit, whole = SHARED_MEMORY[target]
+    limit, of_sm = SHARED_MEMORY[target]
     if backend == "cuda":
         text = _disassembly(compiled)
         registers = int(re.findall(r"REG:(\d+)", text)[0])
         # The stack holds nothing else; its instructions are looked for too, so that none is missed.
         spilled = max(int(re.findall(r"STACK:(\d+)", text)[0]), len(re.findall(r"\b(?:LDL|STL)\b", text)))
         opcodes = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|LDGSTS)\b", text)
-        resident = 65536 // (-(-registers // 8) * 8 * threads)
+        ctas_per_sm = 65536 // (-(-registers // 8) * 8 * threads)
     else:
         text = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
         spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
         opcodes = re.findall(r"v_mfma\w+", text)
-        resident = (
-            4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
-        )  # four units of 512 a lane
-    found = tuple(sorted(set(opcodes)))
-    resident = max(1, min(resident, whole // (compiled.metadata.shared + 1024)))
+        # Four SIMD units, each with 512 registers a lane.
+        ctas_per_sm = 4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
+    distinct = tuple(sorted(set(opcodes)))
+    ctas_per_sm = max(1, min(ctas_per_sm, of_sm // (compiled.metadata.shared + 1024)))
     defects = []
     if spilled:
         defects.append(f"{spilled} bytes spilled")
     if backend == "cuda" and -(-registers // 8) * 8 * threads > 65536:
-        defects.append(f"{registers} registers in each of {threads} threads, 65536 there")
+        defects.append(f"{registers} registers in each of {threads} threads, of 65536")
     if compiled.metadata.shared > limit:
-        defects.append(f"{compiled.metadata.shared} bytes of shared memory, {limit} there")
-    constants = variant.constants
-    # Maps of so few channels are matched without a product.
-    multiplies = constants.get("PRECISION") and constants.get("COV", True) and not constants.get("AXES")
-    if multiplies and not any("MMA" in op or "mfma" in op for op in found):
+        defects.append(f"{compiled.metadata.shared} bytes of shared memory, of {limit}")
+    if _multiplies(variant) and not any("MMA" in op or "mfma" in op for op in distinct):
         defects.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:
         defects.append("no 64-bit offsets")
-    return Resources(registers, spilled, compiled.metadata.shared, resident, found, tuple(defects))
+    return Resources(registers, spilled, compiled.metadata.shared, ctas_per_sm, distinct, tuple(defects))
+
+
+def _multiplies(variant: Variant) -> bool:
+    """Whether a variant has a matmul: not if maps of few channels are matched, nor if the covariance has no gradient."""
+    constants = variant.named_constants
+    if variant.kernel.__name__ == "_gradient_kernel":
+        upstream = variant.signature["upstream"]
+        return bool(upstream.cov_ptr != "constexpr")
+    return "DOT_PRECISION" in constants and not constants.get("AXES")
 
 
 def _disassembly(compiled: Any) -> str:
@@ -312,8 +326,8 @@ def _disassembly(compiled: Any) -> str:
         return "\n".join(subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
 
 
-def _numbered(target: str, every: int, number: int) -> tuple[str, Resources]:
-    variant = _listed(target, every)[number]
+def _examine_nth(target: str, every: int, n: int) -> tuple[str, Resources]:
+    variant = _listed(target, every)[n]
     return str(variant), examine(variant, target)
 
 
@@ -323,16 +337,16 @@ def _listed(target: str, every: int) -> list[Variant]:
 
 
 def report(target: str, every: int = 1) -> int:
-    """Print a row for every variant, or for one of ``every``; the number of defects."""
-    print(f"{'kernel':92}{'registers':>10}{'spilled':>8}{'shared':>8}{'resident':>10}  opcodes")
+    """Print a row for every variant, or for one in ``every``; return the number of defects."""
+    print(f"{'kernel':92}{'registers':>10}{'spilled':>8}{'shared':>8}{'CTAs/SM':>10}  opcodes")
     defects = 0
     count = len(_listed(target, every))
-    # Variants cannot be sent to another process, so each lists them again and is told a number.
+    # Variants cannot be pickled, so each process lists them again and receives a position.
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        for name, found in pool.map(functools.partial(_numbered, target, every), range(count)):
-            numbers = f"{found.registers:>10}{found.spilled:>8}{found.shared:>8}{found.resident:>10}"
-            marks = "".join(f"  DEFECT: {defect}" for defect in found.defects)
-            print(f"{name:92}{numbers}  {' '.join(found.opcodes)}{marks}", flush=True)
-            defects += len(found.defects)
+        for name, resources in pool.map(functools.partial(_examine_nth, target, every), range(count)):
+            numbers = f"{resources.registers:>10}{resources.spilled:>8}{resources.shared:>8}{resources.ctas_per_sm:>10}"
+            marks = "".join(f"  DEFECT: {defect}" for defect in resources.defects)
+            print(f"{name:92}{numbers}  {' '.join(resources.opcodes)}{marks}", flush=True)
+            defects += len(resources.defects)
     print(f"{count} variants, {defects} defects on {target}")
     return defects

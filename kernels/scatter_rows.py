@@ -1,9 +1,9 @@
-"""Gradients of chosen rows, added up where the rows were chosen from, in a fixed order.
+"""Gradients of gathered rows, added up at the rows of the source that they were gathered from, in a fixed order.
 
-    total[b, l] = sum of g[j, k, b] over views j and matches k with number[j, k, b] = l
+    total[b, l] = sum of g[j, k, b] over views j and matches k with index[j, k, b] = l
 
-g: of each view of a source, an image's rows k < m; number: the same without features; total (B, L, D).  Adding is a product
-with ones and zeros, 2 L m D operations an image: no atomics.
+g: gradients of an image's matches k < m, for each view of a source; total (B, L, D).  The sum is a matmul with zeros and
+ones, 2 L m D operations an image, without atomics.  Letters and buffers: docs/notation.md.
 """
 
 import triton
@@ -11,52 +11,51 @@ import triton.language as tl
 
 
 @triton.jit
-def add_rows(out, g, n, m, number_ptr, stride, patch, PRECISION: tl.constexpr):
-    """out (patches, columns) with row k of g added to patch number[k * stride], for rows k = n < m.
+def add_rows(out, g, n, m, index_ptr, stride, patch, DOT_PRECISION: tl.constexpr):
+    """out (patches, columns) with row k of g added to patch index[k * stride], for the rows k = n < m.
 
-    Zero times infinity is not zero: rows that are not finite are added one by one, in a branch that is rarely taken.
+    0 * inf is NaN, so rows that are not finite are added one by one, in a branch that is rarely taken.
     """
-    # Many in each thread, as 32 bits in half the registers.
-    number = tl.load(number_ptr + n * stride, mask=n < m, other=0).to(tl.int32)
-    chosen = (patch[:, None] == number[None, :]) & (n < m)[None, :]
+    # 32 bits: each thread holds many, in half the registers of int64.
+    index = tl.load(index_ptr + n * stride, mask=n < m, other=0).to(tl.int32)
+    chosen = (patch[:, None] == index[None, :]) & (n < m)[None, :]
     finite = tl.abs(g) < float("inf")
-    out = tl.dot(chosen.to(tl.float32), tl.where(finite, g, 0.0), out, input_precision=PRECISION)
+    out = tl.dot(chosen.to(tl.float32), tl.where(finite, g, 0.0), out, input_precision=DOT_PRECISION)
     if tl.sum(tl.sum((~finite).to(tl.int32), 1), 0) > 0:
         for k in range(tl.min(n, 0), tl.minimum(m, tl.max(n, 0) + 1)):
             row = tl.sum(tl.where((n == k)[:, None] & ~finite, g, 0.0), 0)
-            out += tl.where((patch == tl.load(number_ptr + k * stride))[:, None], row[None, :], 0.0)
+            out += tl.where((patch == tl.load(index_ptr + k * stride))[:, None], row[None, :], 0.0)
     return out
 
 
-@triton.jit(do_not_specialize=["first", "step", "image_stride", "match_stride", "view_stride"])
+@triton.jit(do_not_specialize=["first_view", "view_step", "image_stride", "match_stride", "view_stride"])
 def _scatter_backward_kernel(
-    g_ptr, index_ptr, total_ptr, m, L, D, first, step, image_stride, match_stride, view_stride,
-    VIEWS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    g_ptr, index_ptr, total_ptr, first_view, view_step, image_stride, match_stride, view_stride, m, L, D,
+    VIEWS: tl.constexpr, ADD: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P patches and BLOCK_D columns of an image.  ADD: to what ``total`` holds.
+    """One program: BLOCK_L patches and BLOCK_D columns of an image.  ADD: to what ``total`` holds.
 
-    Of ``index`` the views first, first + step, ...; of ``g`` all.  Strides are of rows.
+    The source's views are first_view, first_view + view_step, ... of the index.  Strides are those of matches, in rows.
     """
     columns = tl.cdiv(D, BLOCK_D)
-    tiles = tl.cdiv(L, BLOCK_P)
+    tiles = tl.cdiv(L, BLOCK_L)
     d = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
-    patch = tl.program_id(0) // columns % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    patch = tl.program_id(0) // columns % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
     b = (tl.program_id(0) // columns // tiles).to(tl.int64)
     view_stride = view_stride.to(tl.int64)
     inside = (patch < L)[:, None] & (d < D)[None, :]
     at = total_ptr + (b * L + patch)[:, None] * D + d[None, :]
-    out = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    out = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     if ADD:
         out = tl.load(at, mask=inside, other=0.0)
     for j in range(VIEWS):
-        rows = b * image_stride + j * view_stride
-        numbers = index_ptr + b * image_stride + (first + j * step) * view_stride
+        first = b * image_stride
+        index = index_ptr + first + (first_view + j * view_step) * view_stride
         for top in range(0, m, BLOCK_K):
             n = top + tl.arange(0, BLOCK_K)
-            g_rows = (rows + n.to(tl.int64) * match_stride) * D
-            g = tl.load(
-                g_ptr + g_rows[:, None] + d[None, :], mask=(n < m)[:, None] & (d < D)[None, :], other=0.0
-            )
-            out = add_rows(out, g, n, m, numbers, match_stride, patch, PRECISION)
+            g_rows = (first + j * view_stride + n.to(tl.int64) * match_stride) * D
+            mask = (n < m)[:, None] & (d < D)[None, :]
+            g = tl.load(g_ptr + g_rows[:, None] + d[None, :], mask=mask, other=0.0)
+            out = add_rows(out, g, n, m, index, match_stride, patch, DOT_PRECISION)
     tl.store(at, out, mask=inside)

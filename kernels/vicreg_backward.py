@@ -1,19 +1,40 @@
-"""The gradient of all three terms, of all views in one launch.
+"""VICReg's backward pass: the gradient of all three terms, of all views in one launch.
 
-    dual     g = a (M o - vhat o) + f c        a = u_cov w_cov 4 / (V P D (N-1))
-    primal   g = a o M + f c                   f = -u_var w_var [sqrt(v + eps) < gamma] / (V P D (N-1) sqrt(v + eps))
-             + b (z - other)                   b = u_inv w_inv 2 / (pairs P N D)
+    dual     g = a (M o - vhat o) + f c        a = u_cov scales.cov
+    primal   g = a o M + f c                   f = u_var scales.var / sqrt(v + eps) where sqrt(v + eps) < gamma, else 0
+             + b (z - other)                   b = u_inv scales.inv
 
-z (P, N, D), any strides, rows by index if wanted; M (V * P, S, S), on the operand's grid; moments (4, P, V, D) or (3, ...);
-operand (V, P, N, D), dual only; of rows by number it is made here.  The gradients of a source's views are contiguous (views of the source, P, N, D), in the
-type of their pointer.  The upstream gradients u are read on the device.
-2 N D S operations a view; reads z, the other view, M and the operand, writes g.
+u: upstream gradients, read on the device; None: that term's part is left out.  Scales: vicreg_fast/scales.py.
+z (P, N, D), any strides; M (V * P, S, S), rounded to the operand's format.  Writes g once, in the type of its pointer.
+2 N D S operations a view.  Letters and buffers: docs/notation.md; derivation: docs/how-it-works.md.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .rows import column_offsets, is_of_y, load_operand, load_rows, rounded, row_offsets, stored, view_of
+from .numerics import round_to_format, to_storage
+from .vicreg_dual import load_operand
+from .views import column_pointers, is_of_y, load_rows, row_offsets, select_source
+
+
+class Upstream(NamedTuple):
+    """Pointers to the upstream gradients of a loss's weighted terms; None: a term has none."""
+
+    inv_ptr: Any
+    var_ptr: Any
+    cov_ptr: Any
+
+
+@triton.jit
+def needed_view(k, x_grad_ptr, y_grad_ptr):
+    """The k-th view that needs a gradient: of all views, of x's (0 and 3), or of y's (1 and 2)."""
+    if y_grad_ptr is None:
+        return 3 * k
+    if x_grad_ptr is None:
+        return 1 + k
+    return k
 
 
 @triton.jit
@@ -22,27 +43,90 @@ def _halves(g, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(g, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["P", "first", "step"])
-def _gradient_kernel(
-    x_ptr, y_ptr, index_ptr, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr,
-    u_inv_ptr, u_var_ptr, u_cov_ptr,
-    P, N, D, first, step, gamma, eps, k_inv, k_var, k_cov,
-    x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
-    VIEWS: tl.constexpr, HAS_INDEX: tl.constexpr, DUAL: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
-    INV: tl.constexpr, VAR: tl.constexpr, COV: tl.constexpr,
+@triton.jit
+def _covariance_matmul(
+    views, source, operand_ptr, hi_ptr, lo_ptr, M_ptr, v, p, rows, n, d, P, N, D,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows and BLOCK_D columns of one problem of one of the views first, first + step, ...
+    """M o (dual) or o M (primal) in rows n and columns d."""
+    g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if DUAL:
+        # float16 operands are halves, see round_to_format(), and their M is float32.
+        SCALE: tl.constexpr = 2.0 if FORMAT == "fp16" else 1.0
+        M = M_ptr + (v * P + p) * N * N + n.to(tl.int64)[:, None] * N
+        for start in range(0, N, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            G = tl.load(M + k[None, :], mask=(n < N)[:, None] & (k < N)[None, :], other=0.0)
+            if operand_ptr is None:
+                k_rows = row_offsets(source, views.index_ptr, v, p, k, P, N)
+                o = to_storage(load_operand(source, k_rows, k, N, d, D, hi_ptr, lo_ptr, FORMAT), FORMAT)
+            else:
+                o = tl.load(
+                    operand_ptr + (v * P + p) * N * D + k.to(tl.int64)[:, None] * D + d[None, :],
+                    mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
+                )  # fmt: skip
+            g = tl.dot(G, o.to(G.dtype), g, input_precision=DOT_PRECISION)
+        g *= SCALE
+    else:
+        # C is symmetric: read along k, as TF32 matmuls on compute capability 9.0 want it.
+        M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
+        for start in range(0, D, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            o = load_operand(source, rows, n, N, k, D, hi_ptr, lo_ptr, FORMAT)
+            C = tl.load(M + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
+            g = tl.dot(o.to(C.dtype), C, g, input_precision=DOT_PRECISION)
+    return g
 
-    Programs that run together are GROUP tiles high: they share rows and columns, and find them in the cache.
+
+@triton.jit
+def _complete(
+    g, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """g, the matmul's part, with all other parts added, for rows n and columns d.  moments: of this view; step: between them."""
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    z = load_rows(column_pointers(source, d), rows, mask)
+    if upstream.var_ptr is not None or (upstream.cov_ptr is not None and DUAL):
+        hi = tl.load(moments + d, mask=d < D, other=0.0)
+        lo = tl.load(moments + step + d, mask=d < D, other=0.0)
+        c = z - hi[None, :] - lo[None, :]
+    if upstream.cov_ptr is not None and DUAL:
+        # The operand is recomputed from z: cheaper than reading it.
+        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
+        operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)
+        g -= round_to_format(c, FORMAT) * (a * operand_v)[None, :]
+    if upstream.var_ptr is not None:
+        std = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
+        if eps > 0:
+            std = tl.sqrt_rn(std * std + eps)
+        active = (std < gamma) & (std > 0.0)
+        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
+        g += c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+    if upstream.inv_ptr is not None:
+        other = load_rows(column_pointers(other_source, d), other_rows, mask)
+        g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
+    return g
+
+
+@triton.jit(do_not_specialize=["P"])
+def _gradient_kernel(
+    views, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D, gamma, eps,
+    VIEWS: tl.constexpr, DUAL: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N rows and BLOCK_D columns of one problem of one view that needs a gradient.
+
+    x_grad_ptr, y_grad_ptr: (views of the source, P, N, D), contiguous; None: the source needs none.  Programs that run
+    together are GROUP tiles high: they share rows and columns, and find them in the cache.
     """
-    # About as high as wide, on a chip with a hundred programs at a time.
+    # About as high as wide, on a device that runs a hundred programs at a time.
     GROUP: tl.constexpr = 8
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_d = tl.cdiv(D, BLOCK_D)
     tile = tl.program_id(0) % (tiles_n * tiles_d)
     problem = tl.program_id(0) // (tiles_n * tiles_d)
-    v = first + (problem // P) * step
+    v = needed_view(problem // P, x_grad_ptr, y_grad_ptr)
     p = problem % P
     group = tile // (GROUP * tiles_d)
     height = tl.minimum(tiles_n - group * GROUP, GROUP)
@@ -50,80 +134,38 @@ def _gradient_kernel(
     n = (group * GROUP + in_group % height) * BLOCK_N + tl.arange(0, BLOCK_N)
     d0 = in_group // height * BLOCK_D
     P = P.to(tl.int64)
-    d = d0 + tl.arange(0, BLOCK_D)
-    z_ptr, z_index, stride_p, stride_n, stride_i, stride_d = view_of(
-        v, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX,
-    )  # fmt: skip
-    rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
+    source = select_source(views, v)
+    other_source = select_source(views, v ^ 1)
+    rows = row_offsets(source, views.index_ptr, v, p, n, P, N)
+    other_rows = rows
+    if upstream.inv_ptr is not None:
+        other_rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
+    step = P * VIEWS * D  # of moments (4 or 3, P, V, D)
+    moments = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    row = P * VIEWS * D  # of moments
-    at = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
-    if COV:
-        a = tl.load(u_cov_ptr).to(tl.float32) * k_cov
-        if DUAL:
-            # float16 operands are halves, see rounded(), and their M is float32.
-            SCALE: tl.constexpr = 2.0 if ROUND == "fp16" else 1.0
-            operand = operand_ptr + (v * P + p) * N * D
-            M = M_ptr + (v * P + p) * N * N + n.to(tl.int64)[:, None] * N
-            for start in range(0, N, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                G = tl.load(M + k[None, :], mask=(n < N)[:, None] & (k < N)[None, :], other=0.0)
-                if HAS_INDEX:
-                    chosen = row_offsets(p, k, N, z_index, stride_p, stride_n, stride_i, True)
-                    o = stored(load_operand(z_ptr, chosen, k, N, d, D, stride_d, at, at + row, ROUND), ROUND)
-                else:
-                    o = tl.load(
-                        operand + k.to(tl.int64)[:, None] * D + d[None, :],
-                        mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
-                    )  # fmt: skip
-                g = tl.dot(G, o.to(G.dtype), g, input_precision=PRECISION)
-            g *= a * SCALE
-        else:
-            # C is symmetric: read along k, as TF32 products on compute capability 9.0 want it.
-            M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
-            for start in range(0, D, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                o = load_operand(z_ptr, rows, n, N, k, D, stride_d, at, at + row, ROUND)
-                C = tl.load(M + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-                g = tl.dot(o.to(C.dtype), C, g, input_precision=PRECISION)
-            g *= a
-    o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(
-        v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and INV,
-    )  # fmt: skip
-    o_rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX and INV)
-    g_ptr = x_grad_ptr
-    if is_of_y(v):
-        g_ptr = y_grad_ptr
+    if upstream.cov_ptr is not None:
+        g = _covariance_matmul(
+            views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
+            d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+        g *= tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
+    g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
+    if x_grad_ptr is not None and y_grad_ptr is not None:
+        if is_of_y(v):
+            g_ptr = y_grad_ptr
     g_rows = ((v // 2 * P + p) * N + n) * D
-    # A quarter of the columns at a time where a tile is large: it, z and the other view would not fit the registers.
+    # A quarter of the columns at a time if a tile is large: it, z and the other view would not fit the registers.
     PIECES: tl.constexpr = 4 if BLOCK_N * BLOCK_D > 4096 else 1
     PIECE: tl.constexpr = BLOCK_D // PIECES
     if PIECES == 4:
         left, right = _halves(g, BLOCK_N, BLOCK_D)
-        a0, a1 = _halves(left, BLOCK_N, BLOCK_D // 2)
-        a2, a3 = _halves(right, BLOCK_N, BLOCK_D // 2)
+        g0, g1 = _halves(left, BLOCK_N, BLOCK_D // 2)
+        g2, g3 = _halves(right, BLOCK_N, BLOCK_D // 2)
     for piece in tl.static_range(PIECES):
-        h = g if PIECES == 1 else a0 if piece == 0 else a1 if piece == 1 else a2 if piece == 2 else a3
+        h = g if PIECES == 1 else g0 if piece == 0 else g1 if piece == 1 else g2 if piece == 2 else g3
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
-        mask = (n < N)[:, None] & (d < D)[None, :]
-        z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
-        if VAR or (COV and DUAL):
-            hi = tl.load(at + d, mask=d < D, other=0.0)
-            lo = tl.load(at + row + d, mask=d < D, other=0.0)
-            c = z - hi[None, :] - lo[None, :]
-        if COV and DUAL:
-            # The operand again, from what it was made of: cheaper than reading it.
-            h -= rounded(c, ROUND) * (a * tl.load(at + 3 * row + d, mask=d < D, other=0.0))[None, :]
-        if VAR:
-            std = tl.load(at + 2 * row + d, mask=d < D, other=0.0)
-            if eps > 0:
-                std = tl.sqrt_rn(std * std + eps)
-            active = (std < gamma) & (std > 0.0)
-            u = tl.load(u_var_ptr).to(tl.float32) * k_var
-            h -= c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
-        if INV:
-            other = load_rows(o_ptr + column_offsets(d, o_stride_d), o_rows, mask)
-            h += (z - other) * (tl.load(u_inv_ptr).to(tl.float32) * k_inv)
-        tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=mask)
+        h = _complete(
+            h, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+            DUAL, FORMAT,
+        )  # fmt: skip
+        tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=(n < N)[:, None] & (d < D)[None, :])

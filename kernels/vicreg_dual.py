@@ -1,80 +1,78 @@
-"""Dual side: the moments of every column, the invariance, and one centred, rounded copy of every view.
-
-Rows that are chosen by number are not copied: the product takes them from where they are.
+"""The dual side of VICReg's forward pass: moments of the columns, then G = o o' / (N - 1), N x N.
 
     hi + lo = mean_n z_n          std = sqrt(sum_n (z_n - hi - lo)^2 / (N - 1))
     o = round(z - hi - lo)        vhat = sum_n o_n^2 / (N - 1)
-    sums: (x - y)^2, relu(gamma - sqrt(std^2 + eps)), vhat^2
+    cov = (sum G^2 - sum vhat^2) / D
 
-x, y: (P, N, D), any strides, rows by index if wanted.  Writes operand (V, P, N, D) in the product's type, moments
-(4, P, V, D), three float64 sums a program, and each sample's squares over each program's columns, energy (V * P, blocks,
-N).  Reads a view once from memory and twice more from the cache; 2 bytes moved a byte of input, about 10 operations an
-element.
+1. _moments_forward_kernel reads each view once from memory and twice more from the cache.  It writes the moments, the
+   operand o (unless rows are gathered by index), the squared row norms of o, and the partial sums of (x - y)^2,
+   relu(gamma - sqrt(std^2 + eps)) and vhat^2.  2 bytes moved a byte of input, about 10 operations an element.
+2. _gram_forward_kernel multiplies the tiles on and below G's diagonal: N^2 D operations a view.  Most tiles are computed
+   by one program each.  The last ones, which would leave most of the device idle, are split along the features, and
+   vicreg_splitk.py adds their parts.  Gathered rows are centred and rounded here.
+
+x, y: (P, N, D), any strides.  Letters and buffers: docs/notation.md.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import above_zero, column_offsets, load_rows, power_of_two, rounded, row_offsets, stored, view_of
+from .epilogue import reduce_terms, store_tile
+from .numerics import exponent_scale, relu_propagating_nan, round_to_format, to_storage, tril_tile
+from .views import column_pointers, load_rows, row_offsets, select_source
 
 
 @triton.jit
 def _column_moments(
-    z_ptr, index_ptr, p, d, N, D, stride_p, stride_n, stride_i, stride_d,
-    HAS_INDEX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    source, index_ptr, v, p, d, P, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """hi, lo and std of columns d (a vector).
 
-    The first row is subtracted first, so that a constant column has its value for a mean, exactly.  Deviations are
-    scaled by a power of two before they are squared: 1e-18 squared is no float32 that is worth anything.
+    The first row is subtracted first, so that the mean of a constant column is its value, exactly.  Deviations are scaled
+    by a power of two before they are squared: the square of 1e-18 underflows.
     """
-    columns = z_ptr + column_offsets(d, stride_d)
-    first = row_offsets(p, tl.arange(0, 1), N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
+    columns = column_pointers(source, d)
+    first = row_offsets(source, index_ptr, v, p, tl.arange(0, 1), P, N)
     z0 = load_rows(columns, first, (d < D)[None, :])
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     largest = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in range(0, N, BLOCK_N):
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & (d < D)[None, :]
-        rows = row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = load_rows(columns, rows, mask)
+        z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
         e = tl.where(mask, z - z0, 0.0)
         total += e
         largest = tl.maximum(largest, tl.abs(e))
     hi = tl.sum(z0, 0) + tl.sum(total, 0) / N
     # Deviations from the mean are at most twice those from the first row.
-    scale, inverse = power_of_two(tl.max(largest, 0))
+    scale, inverse = exponent_scale(tl.max(largest, 0))
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in range(0, N, BLOCK_N):
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & (d < D)[None, :]
-        rows = row_offsets(p, n, N, index_ptr, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = load_rows(columns, rows, mask)
+        z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
         e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
         total += e
         squares += e * e
     lo = tl.sum(total, 0) / N
-    # lo is of the size of the mean's rounding: what is taken off is nothing beside the squares.
-    centred = above_zero(tl.sum(squares, 0) - N * lo * lo)
+    # lo is as small as the rounding of the mean, so N lo^2 is negligible beside the squares and subtracting it is safe.
+    centred = relu_propagating_nan(tl.sum(squares, 0) - N * lo * lo)
     return hi, lo * scale, tl.sqrt_rn(centred / (N - 1)) * scale
 
 
 @triton.jit(do_not_specialize=["P"])
 def _moments_forward_kernel(
-    x_ptr, y_ptr, index_ptr, operand_ptr, moments_ptr, energy_ptr, sums_ptr, ticket_ptr,
-    P, N, D, gamma, eps,
-    x_stride_p, x_stride_n, x_stride_i, x_stride_d, y_stride_p, y_stride_n, y_stride_i, y_stride_d,
-    VIEWS: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    views, operand_ptr, moments_ptr, row_sq_norms_ptr, partials, P, N, D, gamma, eps,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D columns of one problem of one view.  The second view of a pair reads the first for the invariance.
+    """One program: BLOCK_D columns of one problem of one view.  A pair's second view reads the first for the invariance.
 
-    A block's views are neighbours: what one reads is in the cache for the other.
+    Programs of the views of one block are neighbours: what one reads is in the cache for the other.
     """
     program = tl.program_id(0)
     if program == 0:
-        tl.store(ticket_ptr, 0)
+        tl.store(partials.arrival_counter_ptr, 0)
     blocks = tl.cdiv(D, BLOCK_D)
     v = program % VIEWS
     block = (program // VIEWS) % blocks
@@ -82,51 +80,149 @@ def _moments_forward_kernel(
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < D
     P = P.to(tl.int64)
-    z_ptr, z_index, stride_p, stride_n, stride_i, stride_d = view_of(
-        v, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX,
-    )  # fmt: skip
-    hi, lo, std = _column_moments(
-        z_ptr, z_index, p, d, N, D, stride_p, stride_n, stride_i, stride_d, HAS_INDEX, BLOCK_N, BLOCK_D
-    )
-    o_ptr, o_index, o_stride_p, o_stride_n, o_stride_i, o_stride_d = view_of(
-        v ^ 1, P, N, x_ptr, y_ptr, index_ptr, x_stride_p, x_stride_n, x_stride_i, x_stride_d,
-        y_stride_p, y_stride_n, y_stride_i, y_stride_d, HAS_INDEX and VIEWS > 1,
-    )  # fmt: skip
-    columns = z_ptr + column_offsets(d, stride_d)
-    others = o_ptr + column_offsets(d, o_stride_d)
-    operand = operand_ptr + (v * P + p) * N * D + d
-    energy = energy_ptr + ((v * P + p) * blocks + block) * N
-    # float32 sums of one strong feature would show in what the float32-accurate dual subtracts.
-    WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
+    source = select_source(views, v)
+    hi, lo, std = _column_moments(source, views.index_ptr, v, p, d, P, N, D, BLOCK_N, BLOCK_D)
+    columns = column_pointers(source, d)
+    other_source = select_source(views, v ^ 1)
+    other_columns = column_pointers(other_source, d)
+    row_sq_norms = row_sq_norms_ptr + ((v * P + p) * blocks + block) * N
+    # With float32 sums the rounding of one strong feature would show in what the float32-accurate dual side subtracts.
+    WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
     operand_squares = tl.zeros((BLOCK_D,), WIDE)
     differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in range(0, N, BLOCK_N):
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & inside[None, :]
-        rows = row_offsets(p, n, N, z_index, stride_p, stride_n, stride_i, HAS_INDEX)
-        z = load_rows(columns, rows, mask)
-        o = tl.where(mask, rounded(z - hi[None, :] - lo[None, :], ROUND), 0.0)
-        if not HAS_INDEX:
-            tl.store(operand[None, :] + n.to(tl.int64)[:, None] * D, stored(o, ROUND), mask=mask)
+        z = load_rows(columns, row_offsets(source, views.index_ptr, v, p, n, P, N), mask)
+        o = tl.where(mask, round_to_format(z - hi[None, :] - lo[None, :], FORMAT), 0.0)
+        if operand_ptr is not None:
+            at = operand_ptr + (v * P + p) * N * D + d
+            tl.store(at[None, :] + n.to(tl.int64)[:, None] * D, to_storage(o, FORMAT), mask=mask)
         wide = o.to(WIDE)
         operand_squares += tl.sum(wide * wide, 0)
-        tl.store(energy + n, tl.sum(wide * wide, 1), mask=n < N)
+        tl.store(row_sq_norms + n, tl.sum(wide * wide, 1), mask=n < N)
         if VIEWS > 1:
             if v % 2 == 1:
-                rows = row_offsets(p, n, N, o_index, o_stride_p, o_stride_n, o_stride_i, HAS_INDEX)
-                other = load_rows(others, rows, mask)
+                rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
+                other = load_rows(other_columns, rows, mask)
                 differences += (other - z) * (other - z)
     operand_v = operand_squares.to(tl.float64) / (N - 1)
-    if KEEP:
+    if moments_ptr is not None:
         at = moments_ptr + (p * VIEWS + v).to(tl.int64) * D + d
-        row = P * VIEWS * D  # of moments (4, P, V, D)
+        step = P * VIEWS * D  # of moments (4, P, V, D)
         tl.store(at, hi, mask=inside)
-        tl.store(at + row, lo, mask=inside)
-        tl.store(at + 2 * row, std, mask=inside)
-        tl.store(at + 3 * row, operand_v.to(tl.float32), mask=inside)
-    penalty = above_zero(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
-    sums = sums_ptr + program.to(tl.int64) * 3
-    tl.store(sums, tl.sum(tl.sum(differences, 1).to(tl.float64)))
-    tl.store(sums + 1, tl.sum(tl.where(inside, penalty, 0.0).to(tl.float64)))
-    tl.store(sums + 2, tl.sum(tl.where(inside, operand_v * operand_v, 0.0)))
+        tl.store(at + step, lo, mask=inside)
+        tl.store(at + 2 * step, std, mask=inside)
+        tl.store(at + 3 * step, operand_v.to(tl.float32), mask=inside)
+    hinge = relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+    at = partials.column_ptr + program.to(tl.int64) * 3
+    tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)))
+    tl.store(at + 1, tl.sum(tl.where(inside, hinge, 0.0).to(tl.float64)))
+    tl.store(at + 2, tl.sum(tl.where(inside, operand_v * operand_v, 0.0)))
+
+
+@triton.jit
+def replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N, BLOCK_R: tl.constexpr):
+    """G with the diagonal that the moments kernel summed apart: row_sq_norms (V * P, column blocks, N).
+
+    tl.dot accumulates serially.  sum vhat^2 is subtracted from sum G^2, so G's own diagonal would amplify its error.
+    """
+    BLOCK_E: tl.constexpr = min(
+        128, 2048 // BLOCK_R
+    )  # blocks at a time: one by one, each would wait for memory
+    norms = tl.zeros((BLOCK_E, BLOCK_R), tl.float64)
+    for start in range(0, column_blocks, BLOCK_E):
+        block = start + tl.arange(0, BLOCK_E)
+        at = row_sq_norms_ptr + (problem * column_blocks + block)[:, None] * N + row[None, :]
+        mask = (block < column_blocks)[:, None] & (row < N)[None, :]
+        norms += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+    diagonal = (tl.sum(norms, 0) / (N - 1)).to(tl.float32)
+    return tl.where(row[:, None] == column[None, :], diagonal[:, None], G)
+
+
+@triton.jit
+def load_operand(source, rows, n, N, d, D, hi_ptr, lo_ptr, FORMAT: tl.constexpr):
+    """Rows n < N and columns d < D of a view, centred and rounded, 0 elsewhere; hi, lo: of all its columns."""
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    z = load_rows(column_pointers(source, d), rows, mask)
+    hi = tl.load(hi_ptr + d, mask=d < D, other=0.0)
+    lo = tl.load(lo_ptr + d, mask=d < D, other=0.0)
+    return round_to_format(tl.where(mask, z - hi[None, :] - lo[None, :], 0.0), FORMAT)
+
+
+@triton.jit
+def _gram_tile(
+    views, operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(N - 1) G in rows ``row`` and columns ``column``, from the features begin <= d < end."""
+    a_ptr = operand_ptr
+    b_ptr = operand_ptr
+    if operand_ptr is not None:
+        a_ptr = operand_ptr + problem * N * D + row.to(tl.int64) * D
+        b_ptr = operand_ptr + problem * N * D + column.to(tl.int64) * D
+    else:
+        v = problem // P
+        p = problem % P
+        source = select_source(views, v)
+        a_rows = row_offsets(source, views.index_ptr, v, p, row, P, N)
+        b_rows = row_offsets(source, views.index_ptr, v, p, column, P, N)
+        hi_ptr = moments_ptr + (p * VIEWS + v) * D
+        lo_ptr = hi_ptr + P.to(tl.int64) * VIEWS * D
+    acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        if operand_ptr is not None:
+            a = tl.load(a_ptr[:, None] + d[None, :], mask=(row < N)[:, None] & (d < end)[None, :], other=0.0)
+            b = tl.load(b_ptr[None, :] + d[:, None], mask=(column < N)[None, :] & (d < end)[:, None], other=0.0)
+        else:
+            a = load_operand(source, a_rows, row, N, d, end, hi_ptr, lo_ptr, FORMAT)
+            b = load_operand(source, b_rows, column, N, d, end, hi_ptr, lo_ptr, FORMAT)
+            a = to_storage(a, FORMAT).to(OPERAND_TYPE)
+            b = tl.trans(to_storage(b, FORMAT).to(OPERAND_TYPE))
+        acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
+    if FORMAT == "fp16":
+        acc *= 4.0  # of halves, see round_to_format()
+    return acc
+
+
+@triton.jit(do_not_specialize=["P", "tiles", "full_tiles", "splits", "tile_partials", "column_partials"])
+def _gram_forward_kernel(
+    views, operand_ptr, moments_ptr, row_sq_norms_ptr, split_tiles_ptr, M_ptr, partials, terms, scales,
+    P, N, D, tiles, full_tiles, splits, split_length, column_blocks, tile_partials, column_partials,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: one of the first ``full_tiles`` tiles; or ``split_length`` features of a later one, which has ``splits``.
+
+    tiles: of one G.  split_tiles_ptr None: no tile is split, and this kernel reduces the terms too.
+    """
+    program = tl.program_id(0)
+    is_full = program < full_tiles
+    split = program - full_tiles
+    tile = tl.where(is_full, program, full_tiles + split // splits)
+    begin = tl.where(is_full, 0, (split % splits) * split_length)
+    end = tl.where(is_full, D, tl.minimum(begin + split_length, D))
+    problem = (tile // tiles).to(tl.int64)
+    i, j = tril_tile(tile % tiles)
+    m = tl.arange(0, BLOCK_M)
+    row = i * BLOCK_M + m
+    column = j * BLOCK_M + m
+    acc = _gram_tile(
+        views, operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
+        VIEWS, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    if is_full:
+        G = acc / (N - 1)
+        if i == j:
+            G = replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N, BLOCK_M)
+        tl.store(
+            partials.tile_ptr + tile.to(tl.int64) * 2,
+            store_tile(G, row, column, i != j, N, problem, M_ptr, FORMAT),
+        )
+    elif split_tiles_ptr is not None:
+        at = split_tiles_ptr + split.to(tl.int64) * BLOCK_M * BLOCK_M
+        tl.store(at + m[:, None] * BLOCK_M + m[None, :], acc)
+    if split_tiles_ptr is None:
+        reduce_terms(partials, tile_partials, column_partials, terms, scales, True)

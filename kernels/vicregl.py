@@ -1,268 +1,263 @@
-"""VICRegL's per-image statistics: the terms of every image's matched patches, taken from the maps themselves.
+"""VICRegL's per-image statistics: the terms of every image's matched patches, and their gradient, from the maps themselves.
 
-    z = rows number[k] of a map, k < m      c = z - mean(z)      o = round(c)      v = |c_d|^2 / (m - 1)
+    z = rows index[k] of a map, k < m      c = z - mean(z)      o = round(c)      vhat = |o_d|^2 / (m - 1)
     dual    cov = (sum (o o')^2 / (m-1)^2 - sum vhat^2) / D      G = o o' / (m - 1)
     primal  cov = sum C0^2 / D                                   C0 = o'o / (m - 1), its diagonal zero
-    g = a (G o - vhat o) + f c + b (z - other)                   a o C0 on the primal side; f and b as in gradient.py
+    g = a (G o - vhat o) + f c + b (z - other)                   a o C0 on the primal side; a, b, f as in vicreg_backward.py
 
-Match sets: by location (group 0) and by feature (1), from x to y (direction 0) and back; each has a query view and a
-candidate view, and at most 64 matches.  x (B, P1, D), y (B, P2, D), any strides; numbers (2, B, m) a set, queries and then
-candidates; G (2, B, m, m) a set, on the operand's grid, dual only.
+Match sets: by location (kind 0) and by feature (kind 1), from x to y (direction 0) and from y to x (direction 1).  Each has
+a query view (side 0) and a candidate view (side 1), and at most 64 matches.  x (B, L1, D), y (B, L2, D), any strides.  A
+view's matched rows are gathered into registers and centred there; no moments are stored.
 
-A set's rows go from the maps into registers, all at once, and are centred there: no moments are kept and none is read
-again.  Forward: 6 m D elements are read for each group of an image, the queries for the invariance once more, and 4 m^2 D
-operations done.  Backward: 4 m D elements, and both gradients are written, each element once.
+Forward: 6 m D elements are read for each kind of an image (the queries once more for the invariance), and 4 m^2 D
+operations done.  Backward: 4 m D elements, and each element of both gradients is written once.
+Letters and buffers: docs/notation.md; scales: vicreg_fast/scales.py.
 """
 
 import triton
 import triton.language as tl
 
-from .finish import finish_losses
-from .rows import above_zero, column_offsets, load_rows, match_numbers, power_of_two, rounded, stored, view_of
-from .scatter import add_rows
+from .epilogue import reduce_losses
+from .numerics import exponent_scale, relu_propagating_nan, round_matrix, round_to_format, to_storage
+from .scatter_rows import add_rows
+from .views import column_pointers, load_rows, match_set_offset, matches_of, select_source
 
 
 @triton.jit
-def _centred(z, n, N):
-    """Rows n < N of z (rows, columns) minus their mean; others zero.
+def _gram_offset(kind, direction, side, b, B, m, m1, m2):
+    """Offset of an image's Gram matrix (m, m) in the flat Gram matrices, which are laid out as the index is."""
+    m1 = m1.to(tl.int64)
+    set_offset = 2 * B * (kind * (m1 * m1 + m2.to(tl.int64) * m2) + direction * m1 * m1)
+    return set_offset + (side * B + b) * m * m
+
+
+@triton.jit
+def _centred(z, n, m):
+    """Rows n < m of z (rows, columns) minus their mean; other rows are zero.
 
     The first row is subtracted first, so that a constant column is zero, exactly.
     """
-    mask = (n < N)[:, None]
+    mask = (n < m)[:, None]
     first = tl.sum(tl.where((n == 0)[:, None], z, 0.0), 0)
     e = tl.where(mask, z - first[None, :], 0.0)
-    return e - tl.where(mask, tl.sum(e, 0)[None, :] / N, 0.0)
+    return e - tl.where(mask, tl.sum(e, 0)[None, :] / m, 0.0)
 
 
 @triton.jit
-def _deviation(c, N):
-    """Standard deviations of centred columns, scaled before they are squared."""
-    scale, inverse = power_of_two(tl.max(tl.abs(c), 0))
+def _standard_deviation(c, m):
+    """Standard deviations of centred columns, which are scaled before they are squared."""
+    scale, inverse = exponent_scale(tl.max(tl.abs(c), 0))
     e = c * inverse[None, :]
-    return tl.sqrt_rn(tl.sum(e * e, 0) / (N - 1)) * scale
+    return tl.sqrt_rn(tl.sum(e * e, 0) / (m - 1)) * scale
+
+
+@triton.jit
+def _matched_rows(index_ptr, b, side, n, B, m, source):
+    """Offsets of the matched rows n of image b, on the queries' (0) or the candidates' side (1) of a match set."""
+    index = tl.load(index_ptr + side * B * m + b * m + n, mask=n < m, other=0)
+    return b * source.stride_p + index * source.stride_i
 
 
 @triton.jit
 def _off_diagonal(
-    z_ptr, rows, f, o, d, n, N, D, stride_d, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
+    source, rows, f, o, d, n, m, D,
+    FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns f of the operand, as they are multiplied, and their C0 with columns d, which are ``o``."""
-    z = load_rows(z_ptr + column_offsets(f, stride_d), rows, (n < N)[:, None] & (f < D)[None, :])
-    others = stored(rounded(_centred(z, n, N), ROUND), ROUND).to(TYPE)
-    C = tl.dot(tl.trans(others), stored(o, ROUND).to(TYPE), input_precision=PRECISION)
-    C *= (4.0 if ROUND == "fp16" else 1.0) / (N - 1)  # of halves, see rounded()
-    return others, tl.where(f[:, None] == d[None, :], 0.0, C)
-
-
-@triton.jit
-def _matched_rows(number_ptr, b, n, m, stride_b, stride_p):
-    """Offsets of the matched rows n of image b; numbers (B, m)."""
-    number = tl.load(number_ptr + b * m + n, mask=n < m, other=0)
-    return b * stride_b + number * stride_p
+    """Columns f of the operand, as they are multiplied, and C0 in rows f and columns d; ``o``: columns d of the operand."""
+    z = load_rows(column_pointers(source, f), rows, (n < m)[:, None] & (f < D)[None, :])
+    o_f = to_storage(round_to_format(_centred(z, n, m), FORMAT), FORMAT).to(OPERAND_TYPE)
+    C = tl.dot(tl.trans(o_f), to_storage(o, FORMAT).to(OPERAND_TYPE), input_precision=DOT_PRECISION)
+    C *= (4.0 if FORMAT == "fp16" else 1.0) / (m - 1)  # of halves, see round_to_format()
+    return o_f, tl.where(f[:, None] == d[None, :], 0.0, C)
 
 
 @triton.jit
 def _accumulate(
-    z_ptr, rows, n, m, d, D, stride_d, z, gamma, eps, hinge, norm, gram, energy,
-    DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr,
+    source, rows, n, m, d, D, z, gamma, eps, hinge, norm, gram, row_sq_norms,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """(hinge, norm, gram, energy) with the columns d added: hinge and norm by column, energy of each row of o.
+    """(hinge, norm, gram, row_sq_norms) with the columns d added; hinge and norm are kept by column.
 
-    Of the dual ``norm`` is (m - 1)^2 times what is subtracted: a division by column would be one of float64.
+    Dual: ``norm`` is -(m - 1)^2 vhat^2.  The division is left to the end, where it is one float64 division, not one a column.
     """
     c = _centred(z, n, m)
-    std = _deviation(c, m)
-    penalty = above_zero(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+    std = _standard_deviation(c, m)
+    penalty = relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
     hinge += tl.where(d < D, penalty, 0.0).to(tl.float64)
-    o = rounded(c, ROUND)
+    o = round_to_format(c, FORMAT)
     if DUAL:
-        a = stored(o, ROUND).to(TYPE)
-        gram = tl.dot(a, tl.trans(a), gram, input_precision=PRECISION)
-        wide = o.to(energy.dtype)
+        a = to_storage(o, FORMAT).to(OPERAND_TYPE)
+        gram = tl.dot(a, tl.trans(a), gram, input_precision=DOT_PRECISION)
+        wide = o.to(row_sq_norms.dtype)
         squares = wide * wide
-        energy += tl.sum(squares, 1)
-        operand_v = tl.sum(squares, 0).to(tl.float64)  # m - 1 times vhat
+        row_sq_norms += tl.sum(squares, 1)
+        operand_v = tl.sum(squares, 0).to(tl.float64)  # (m - 1) vhat
         norm -= operand_v * operand_v
     else:
         for first in range(0, D, BLOCK_F):
             f = first + tl.arange(0, BLOCK_F)
-            _, C = _off_diagonal(z_ptr, rows, f, o, d, n, m, D, stride_d, ROUND, TYPE, PRECISION)
+            _, C = _off_diagonal(source, rows, f, o, d, n, m, D, FORMAT, OPERAND_TYPE, DOT_PRECISION)
             wide = C.to(tl.float64)
             norm += tl.sum(wide * wide, 0)
-    return hinge, norm, gram, energy
+    return hinge, norm, gram, row_sq_norms
 
 
 @triton.jit
-def _finish_gram(gram, energy, n, m, G_ptr, KEEP: tl.constexpr, ROUND: tl.constexpr):
-    """Sum of G^2, float64; G itself is stored on the operand's grid."""
-    G = gram * ((4.0 if ROUND == "fp16" else 1.0) / (m - 1))  # of halves, see rounded()
-    diagonal = (energy.to(tl.float64) / (m - 1)).to(tl.float32)
+def _finish_gram(gram, row_sq_norms, n, m, gram_ptr, FORMAT: tl.constexpr):
+    """Sum of G^2, float64.  G is stored for the backward pass, rounded, unless gram_ptr is None."""
+    G = gram * ((4.0 if FORMAT == "fp16" else 1.0) / (m - 1))  # of halves, see round_to_format()
+    diagonal = (row_sq_norms.to(tl.float64) / (m - 1)).to(tl.float32)
     G = tl.where(n[:, None] == n[None, :], diagonal[:, None], G)
-    if KEEP:
-        at = G_ptr + n[:, None] * m + n[None, :]
+    if gram_ptr is not None:
         inside = (n < m)[:, None] & (n < m)[None, :]
-        tl.store(at, rounded(G, "tf32" if ROUND == "fp16" else ROUND), mask=inside)
+        tl.store(gram_ptr + n[:, None] * m + n[None, :], round_matrix(G, FORMAT), mask=inside)
     wide = G.to(tl.float64)
     return tl.sum(tl.sum(wide * wide, 1), 0)
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
-def _local_forward_kernel(
-    x_ptr, y_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, G00_ptr, G01_ptr, G10_ptr, G11_ptr, sums_ptr, ticket_ptr,
-    inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr, inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr,
-    B, D, m1, m2, gamma, eps, k_inv, k_var, k_cov,
-    x_stride_b, x_stride_p, x_stride_d, y_stride_b, y_stride_p, y_stride_d,
-    DUAL: tl.constexpr, KEEP: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+def _vicregl_forward_kernel(
+    views, gram_ptr, partials_ptr, arrival_counter_ptr, location, feature, total_ptr, scales, B, D, m1, m2, gamma, eps,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program: one view of one match set of one image; the candidates' has the invariance too."""
+    """One program: one view of one match set of one image.  The candidates' program computes the invariance too."""
     program = tl.program_id(0)
-    role = program % 2
-    back = program // 2 % 2
-    group = program // 4 % 2
+    side = program % 2
+    direction = program // 2 % 2
+    kind = program // 4 % 2
     b = (program // 8).to(tl.int64)
     B = B.to(tl.int64)
-    m = m1
-    if back == 1:
-        m = m2
-    numbers = match_numbers(group, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
-    z_ptr, _, stride_b, _, stride_p, stride_d = view_of(
-        2 * back + role, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
-        y_stride_b, 0, y_stride_p, y_stride_d, False,
-    )  # fmt: skip
-    q_ptr, _, q_stride_b, _, q_stride_p, q_stride_d = view_of(
-        2 * back, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
-        y_stride_b, 0, y_stride_p, y_stride_d, False,
-    )  # fmt: skip
+    m = matches_of(direction, m1, m2)
+    index_ptr = views.index_ptr + match_set_offset(kind, direction, B, m1, m2)
+    source = select_source(views, 2 * direction + side)
+    query_source = select_source(views, 2 * direction)
     n = tl.arange(0, BLOCK_N)
-    rows = _matched_rows(numbers + role * B * m, b, n, m, stride_b, stride_p)
-    q_rows = _matched_rows(numbers, b, n, m, q_stride_b, q_stride_p)
-    # float32 sums of one strong feature would show in what the float32-accurate dual subtracts.
-    WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
+    rows = _matched_rows(index_ptr, b, side, n, B, m, source)
+    query_rows = _matched_rows(index_ptr, b, 0, n, B, m, query_source)
+    # With float32 sums the rounding of one strong feature would show in what the float32-accurate dual side subtracts.
+    WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
     differences = tl.zeros((BLOCK_N,), tl.float32)
     hinge = tl.zeros((BLOCK_D,), tl.float64)
     norm = tl.zeros((BLOCK_D,), tl.float64)
     gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    energy = tl.zeros((BLOCK_N,), WIDE)
+    row_sq_norms = tl.zeros((BLOCK_N,), WIDE)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (n < m)[:, None] & (d < D)[None, :]
-        z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
-        if role == 1:
-            q = load_rows(q_ptr + column_offsets(d, q_stride_d), q_rows, mask)
+        z = load_rows(column_pointers(source, d), rows, mask)
+        if side == 1:
+            q = load_rows(column_pointers(query_source, d), query_rows, mask)
             differences += tl.sum((q - z) * (q - z), 1)
-        hinge, norm, gram, energy = _accumulate(
-            z_ptr, rows, n, m, d, D, stride_d, z, gamma, eps, hinge, norm, gram, energy,
-            DUAL, ROUND, TYPE, PRECISION, BLOCK_F,
+        hinge, norm, gram, row_sq_norms = _accumulate(
+            source, rows, n, m, d, D, z, gamma, eps, hinge, norm, gram, row_sq_norms,
+            DUAL, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_F,
         )  # fmt: skip
     cov = tl.sum(norm)
     if DUAL:
-        G_ptr = match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr) + (role * B + b) * m * m
-        scale = m.to(tl.float64) - 1
-        cov = cov / (scale * scale) + _finish_gram(gram, energy, n, m, G_ptr, KEEP, ROUND)
-    at = sums_ptr + (group * 4 * B + program // 8 * 4 + back * 2 + role) * 3
+        G_ptr = gram_ptr
+        if gram_ptr is not None:
+            G_ptr = gram_ptr + _gram_offset(kind, direction, side, b, B, m, m1, m2)
+        degrees = m.to(tl.float64) - 1
+        cov = cov / (degrees * degrees) + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT)
+    at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
     tl.store(at, tl.sum(differences.to(tl.float64)) / m)
     tl.store(at + 1, tl.sum(hinge))
     tl.store(at + 2, cov)
-    finish_losses(
-        sums_ptr, 4 * B, ticket_ptr, inv0_ptr, var0_ptr, cov0_ptr, sum0_ptr,
-        inv1_ptr, var1_ptr, cov1_ptr, sum1_ptr, total_ptr, k_inv, k_var, k_cov,
-    )  # fmt: skip
+    reduce_losses(partials_ptr, 4 * B, arrival_counter_ptr, location, feature, total_ptr, scales)
+
+
+@triton.jit
+def _match_set_gradient(
+    views, gram_ptr, upstream, scales, kind, direction, of_y, b, n, d, B, D, m1, m2, gamma, eps,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """(m, gradient of the matched rows of one source in one match set (rows n, columns d), pointer to their indices)."""
+    # Beside a float32 M, as float16 has it, the operand is float32 too.
+    LEFT: tl.constexpr = tl.float32 if FORMAT == "fp16" else OPERAND_TYPE
+    WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
+    m = matches_of(direction, m1, m2)
+    index_ptr = views.index_ptr + match_set_offset(kind, direction, B, m1, m2)
+    side = direction ^ of_y  # 0: this source's rows are the queries
+    source = select_source(views, 2 * direction + side)
+    mask = (n < m)[:, None] & (d < D)[None, :]
+    rows = _matched_rows(index_ptr, b, side, n, B, m, source)
+    z = load_rows(column_pointers(source, d), rows, mask)
+    c = _centred(z, n, m)
+    g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if upstream.cov_ptr is not None:
+        o = round_to_format(c, FORMAT)
+        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov / (m - 1)
+        if DUAL:
+            inside = (n < m)[:, None] & (n < m)[None, :]
+            G_ptr = gram_ptr + _gram_offset(kind, direction, side, b, B, m, m1, m2)
+            G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
+            wide = o.to(WIDE)
+            operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
+            g = tl.dot(G, o.to(LEFT), input_precision=DOT_PRECISION) - o * operand_v[None, :]
+        else:
+            for first in range(0, D, BLOCK_F):
+                f = first + tl.arange(0, BLOCK_F)
+                o_f, C = _off_diagonal(source, rows, f, o, d, n, m, D, FORMAT, OPERAND_TYPE, DOT_PRECISION)
+                C = round_matrix(C, FORMAT)
+                g = tl.dot(o_f.to(LEFT), C.to(LEFT), g, input_precision=DOT_PRECISION)
+            if FORMAT == "fp16":
+                g *= 2.0  # of a half
+        g *= a
+    if upstream.var_ptr is not None:
+        std = _standard_deviation(c, m)
+        if eps > 0:
+            std = tl.sqrt_rn(std * std + eps)
+        active = (std < gamma) & (std > 0.0)
+        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var / (m - 1)
+        g += c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+    if upstream.inv_ptr is not None:
+        other_source = select_source(views, 2 * direction + (1 - side))
+        other_rows = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
+        other = load_rows(column_pointers(other_source, d), other_rows, mask)
+        g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv / m)
+    return m, g, index_ptr + side * B * m + b * m
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
-def _local_gradient_kernel(
-    x_ptr, y_ptr, n00_ptr, n01_ptr, n10_ptr, n11_ptr, G00_ptr, G01_ptr, G10_ptr, G11_ptr, x_grad_ptr, y_grad_ptr,
-    u_inv0_ptr, u_var0_ptr, u_cov0_ptr, u_inv1_ptr, u_var1_ptr, u_cov1_ptr,
-    B, P1, P2, D, m1, m2, gamma, eps, k_inv, k_var, k_cov,
-    x_stride_b, x_stride_p, x_stride_d, y_stride_b, y_stride_p, y_stride_d,
-    X: tl.constexpr, Y: tl.constexpr, INV: tl.constexpr, VAR: tl.constexpr, COV: tl.constexpr,
-    DUAL: tl.constexpr, ROUND: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+def _vicregl_gradient_kernel(
+    views, gram_ptr, x_grad_ptr, y_grad_ptr, location, feature, scales, B, L1, L2, D, m1, m2, gamma, eps,
+    DUAL: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    EXACT_PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P patches and BLOCK_D columns of the gradient of one image of x or of y.
+    """One program: BLOCK_L patches and BLOCK_D columns of the gradient of one image of x or of y.
 
-    X, Y: which sources need one.  INV, VAR, COV: by group, as bits, which terms have an upstream gradient.
+    x_grad_ptr, y_grad_ptr None: the source needs no gradient.  location, feature: Upstream of vicreg_backward.py.
     """
     columns = tl.cdiv(D, BLOCK_D)
-    x_tiles = tl.cdiv(P1, BLOCK_P) if X else 0
-    tiles = x_tiles + (tl.cdiv(P2, BLOCK_P) if Y else 0)
+    x_tiles = 0 if x_grad_ptr is None else tl.cdiv(L1, BLOCK_L)
+    tiles = x_tiles + (0 if y_grad_ptr is None else tl.cdiv(L2, BLOCK_L))
     d = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
     tile = tl.program_id(0) // columns % tiles
     b = (tl.program_id(0) // columns // tiles).to(tl.int64)
     B = B.to(tl.int64)
     of_y = (tile >= x_tiles).to(tl.int32)
-    P = P1
-    g_ptr = x_grad_ptr
-    if of_y == 1:
-        tile -= x_tiles
-        P = P2
-        g_ptr = y_grad_ptr
-    patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    L = L2 if x_grad_ptr is None else L1
+    g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
+    if x_grad_ptr is not None and y_grad_ptr is not None:
+        if of_y == 1:
+            tile -= x_tiles
+            L = L2
+            g_ptr = y_grad_ptr
+    patch = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     n = tl.arange(0, BLOCK_N)
-    # Beside a float32 M, as float16 has it, the operand is float32 too.
-    LEFT: tl.constexpr = tl.float32 if ROUND == "fp16" else TYPE
-    WIDE: tl.constexpr = tl.float64 if ROUND == "none" else tl.float32
-    out = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for group in tl.static_range(2):
-        if ((INV | VAR | COV) >> group) & 1:
-            for back in range(2):
-                m = m1
-                if back == 1:
-                    m = m2
-                role = back ^ of_y  # 0: this source's rows are the queries
-                numbers = match_numbers(group, back, n00_ptr, n01_ptr, n10_ptr, n11_ptr)
-                own = numbers + role * B * m
-                z_ptr, _, stride_b, _, stride_p, stride_d = view_of(
-                    2 * back + role, B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
-                    y_stride_b, 0, y_stride_p, y_stride_d, False,
+    out = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    for kind in tl.static_range(2):
+        upstream = location if kind == 0 else feature
+        if upstream.inv_ptr is not None or upstream.var_ptr is not None or upstream.cov_ptr is not None:
+            for direction in range(2):
+                m, g, index_ptr = _match_set_gradient(
+                    views, gram_ptr, upstream, scales, kind, direction, of_y, b, n, d, B, D, m1, m2, gamma, eps,
+                    DUAL, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_F,
                 )  # fmt: skip
-                mask = (n < m)[:, None] & (d < D)[None, :]
-                rows = _matched_rows(own, b, n, m, stride_b, stride_p)
-                z = load_rows(z_ptr + column_offsets(d, stride_d), rows, mask)
-                c = _centred(z, n, m)
-                g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                if (COV >> group) & 1:
-                    o = rounded(c, ROUND)
-                    u_cov = tl.load(u_cov1_ptr if group == 1 else u_cov0_ptr).to(tl.float32)
-                    a = u_cov * k_cov / (m - 1)
-                    if DUAL:
-                        G_ptr = (
-                            match_numbers(group, back, G00_ptr, G01_ptr, G10_ptr, G11_ptr)
-                            + (role * B + b) * m * m
-                        )
-                        inside = (n < m)[:, None] & (n < m)[None, :]
-                        G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
-                        wide = o.to(WIDE)
-                        operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
-                        g = tl.dot(G, o.to(LEFT), input_precision=PRECISION) - o * operand_v[None, :]
-                    else:
-                        for first_column in range(0, D, BLOCK_F):
-                            f = first_column + tl.arange(0, BLOCK_F)
-                            others, C = _off_diagonal(
-                                z_ptr, rows, f, o, d, n, m, D, stride_d, ROUND, TYPE, PRECISION
-                            )
-                            C = rounded(C, "tf32" if ROUND == "fp16" else ROUND)
-                            g = tl.dot(others.to(LEFT), C.to(LEFT), g, input_precision=PRECISION)
-                        if ROUND == "fp16":
-                            g *= 2.0  # of a half
-                    g *= a
-                if (VAR >> group) & 1:
-                    std = _deviation(c, m)
-                    if eps > 0:
-                        std = tl.sqrt_rn(std * std + eps)
-                    active = (std < gamma) & (std > 0.0)
-                    u = tl.load(u_var1_ptr if group == 1 else u_var0_ptr).to(tl.float32) * k_var / (m - 1)
-                    g -= c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
-                if (INV >> group) & 1:
-                    o_ptr, _, o_stride_b, _, o_stride_p, o_stride_d = view_of(
-                        2 * back + (1 - role), B, m, x_ptr, y_ptr, n00_ptr, x_stride_b, 0, x_stride_p, x_stride_d,
-                        y_stride_b, 0, y_stride_p, y_stride_d, False,
-                    )  # fmt: skip
-                    o_rows = _matched_rows(numbers + (1 - role) * B * m, b, n, m, o_stride_b, o_stride_p)
-                    other = load_rows(o_ptr + column_offsets(d, o_stride_d), o_rows, mask)
-                    u = tl.load(u_inv1_ptr if group == 1 else u_inv0_ptr).to(tl.float32)
-                    g += (z - other) * (u * k_inv / m)
-                out = add_rows(out, g, n, m, own + b * m, 1, patch, EXACT)
-    at = g_ptr + (b * P + patch)[:, None] * D + d[None, :]
-    tl.store(at, out, mask=(patch < P)[:, None] & (d < D)[None, :])
+                out = add_rows(out, g, n, m, index_ptr, 1, patch, EXACT_PRECISION)
+    at = g_ptr + (b * L + patch)[:, None] * D + d[None, :]
+    tl.store(at, out, mask=(patch < L)[:, None] & (d < D)[None, :])

@@ -4,11 +4,12 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 
 def selects_gpu(expression: str) -> bool:
@@ -25,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Without it, deterministic algorithms (poisoned_memory) refuse cuBLAS, which the reference is computed with.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return
-    # Tests of the kernels say so again (test_triton.py); to all others this is a machine without a GPU.
+    # Tests of the kernels say so again (test_vicreg_kernels.py); to all others this is a machine without a GPU.
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
         from triton.runtime import interpreter
@@ -98,22 +99,43 @@ def clean_memory(poisoned_memory: None) -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are made for the interpreter, or not, when they are first imported."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    importlib.import_module("vicreg_fast.backends.triton.stages")
+    importlib.import_module("vicreg_fast.backends.triton_backend")
 
 
-Launches = list[tuple[str, dict[str, Any], tuple[Any, ...]]]
+class Launch(NamedTuple):
+    """A launch in the interpreter: the kernel's name and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments and within NamedTuples."""
+        return list(_tensors(self.arguments.values()))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+Launches = list[Launch]
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Name, keywords and arguments of every launch in the interpreter."""
+    """Every launch in the interpreter, in order."""
     launched: Launches = []
     kind = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
     run = kind.run
 
-    def taken_down(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launched.append((self.fn.__name__.strip("_").replace("_kernel", ""), kwargs, args))
-        return run(self, *args, **kwargs)
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert not args, "kernels are launched with keywords"
+        launched.append(Launch(self.fn.__name__.strip("_").replace("_kernel", ""), kwargs))
+        return run(self, **kwargs)
 
-    monkeypatch.setattr(kind, "run", taken_down)
+    monkeypatch.setattr(kind, "run", recorded)
     return launched

@@ -1,4 +1,4 @@
-"""Which configuration a kernel runs with, how products are shared out, and the search for better ones."""
+"""Which backend runs, which configuration a kernel is launched with, how tiles are split, and the search for better ones."""
 
 import itertools
 import json
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vicreg_fast import backends, functional
-from vicreg_fast.backends.triton import configs
+from vicreg_fast.backends.triton import configs, splitk
 from vicreg_fast.backends.triton.configs import Key, Moments, Product
 
 from .data import U
 
-pytest.importorskip("triton")
+autotune: Any = pytest.importorskip("vicreg_fast.backends.triton.autotune")
 
 SIZES = [1, 2, 16, 17, 64, 65, 300, 2048, 10**5, 3 * 10**6]
 
@@ -60,18 +60,18 @@ def test_auto_on_a_cpu_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> No
 # -- tables -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", configs.FAMILIES)
-def test_every_shape_has_a_configuration(family: str) -> None:
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_every_shape_has_a_configuration(arch: str) -> None:
     kinds = [("moments", ""), ("local_gradient", ""), ("matching", "fp32"), ("matching", "half")]
     products = ("gram", "second_moment", "gradient", "local")
     kinds += [(kernel, kind) for kernel in products for kind in ("fp32", "tf32", "half")]
     for aligned, (kernel, kind), N, D in itertools.product((True, False), kinds, SIZES, SIZES):
-        key = Key(family, 132, aligned, kernel, kind, 2, N, D)
-        assert type(configs.from_table(key)) is configs.KINDS[kernel]
+        key = Key(arch, 132, aligned, kernel, kind, 2, N, D)
+        assert type(configs.from_table(key)) is configs.KERNELS[kernel].config
 
 
 @pytest.mark.parametrize(
-    ("capability", "family"),
+    ("capability", "arch"),
     [
         ((8, 0), "sm80"),
         ((8, 6), "sm86"),
@@ -82,43 +82,43 @@ def test_every_shape_has_a_configuration(family: str) -> None:
     ],
     ids=str,
 )
-def test_families(capability: tuple[int, int], family: str) -> None:
-    assert configs.family(*capability) == family
+def test_architectures(capability: tuple[int, int], arch: str) -> None:
+    assert configs.architecture(*capability) == arch
 
 
 @given(
     tiles=st.integers(1, 10**5),
     inner=st.integers(1, 3 * 10**6),
-    tile=st.sampled_from([32, 64, 128]),
-    step=st.sampled_from([16, 32, 64]),
-    resident=st.sampled_from([1, 2, 4]),
-    processors=st.integers(1, 304),
-    whole_tiles=st.booleans(),
+    block_m=st.sampled_from([32, 64, 128]),
+    block_k=st.sampled_from([16, 32, 64]),
+    ctas_per_sm=st.sampled_from([1, 2, 4]),
+    num_sms=st.integers(1, 304),
+    allow_full_tiles=st.booleans(),
 )
-def test_parts_hold_everything_once(
-    tiles: int, inner: int, tile: int, step: int, resident: int, processors: int, whole_tiles: bool
+def test_splits_cover_the_inner_dimension_once(
+    tiles: int, inner: int, block_m: int, block_k: int, ctas_per_sm: int, num_sms: int, allow_full_tiles: bool
 ) -> None:
-    product = Product(tile, step, resident=resident)
-    whole, parts, length = configs.split(tiles, inner, product, processors, whole_tiles)
-    assert 0 <= whole <= tiles
-    assert whole == 0 or whole_tiles
-    assert (parts - 1) * length < inner <= parts * length  # none is empty
-    rest = tiles - whole
-    assert rest or (parts, length) == (1, inner)
-    # A tensor core's sum stays short, whatever the memory; otherwise the memory does.
-    assert (length if rest else inner) <= configs.LONGEST + step
-    if rest and parts > max(1, -(-inner // configs.LONGEST)):
-        assert rest * parts * 4 * tile**2 <= configs.WORKSPACE
+    product = Product(block_m, block_k, ctas_per_sm=ctas_per_sm)
+    full_tiles, splits, length = splitk.split(tiles, inner, product, num_sms, allow_full_tiles)
+    assert 0 <= full_tiles <= tiles
+    assert full_tiles == 0 or allow_full_tiles
+    assert (splits - 1) * length < inner <= splits * length  # none is empty
+    split_tiles = tiles - full_tiles
+    assert split_tiles or (splits, length) == (1, inner)
+    # A tensor core's sum stays short, whatever memory that takes; otherwise the workspace is bounded.
+    assert (length if split_tiles else inner) <= splitk.LONGEST + block_k
+    if split_tiles and splits > max(1, -(-inner // splitk.LONGEST)):
+        assert split_tiles * splits * 4 * block_m**2 <= splitk.WORKSPACE
 
 
-def test_a_product_that_would_leave_processors_idle_is_split() -> None:
-    # 2048 x 8192 in 128 x 128 tiles: 272 of them on 132 processors; two rounds are whole, the last 8 tiles are split.
-    whole, parts, _ = configs.split(272, 8192, Product(128, 64, resident=1), 132, whole_tiles=True)
-    assert whole == 264
-    assert 8 * parts > 100
-    # Two tiles of 2.6 million rows.
-    _, parts, length = configs.split(1, 2_600_000, Product(64, 32, resident=2), 132, whole_tiles=False)
-    assert parts == 264
+def test_tiles_that_would_leave_sms_idle_are_split() -> None:
+    # 2048 x 8192 in 128 x 128 tiles: 272 of them on 132 SMs.  Two waves are full tiles, the last 8 tiles are split.
+    full_tiles, splits, _ = splitk.split(272, 8192, Product(128, 64, ctas_per_sm=1), 132, True)
+    assert full_tiles == 264
+    assert 8 * splits > 100
+    # One tile of 2.6 million rows.
+    _, splits, length = splitk.split(1, 2_600_000, Product(64, 32, ctas_per_sm=2), 132, False)
+    assert splits == 264
     assert length < 10_000
 
 
@@ -128,13 +128,11 @@ def test_a_product_that_would_leave_processors_idle_is_split() -> None:
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A search is asked for; its file."""
-    from vicreg_fast.backends.triton import tuning
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
     monkeypatch.setenv("VICREG_FAST_AUTOTUNE_FILE", str(tmp_path / "cache" / "configs.jsonl"))
-    monkeypatch.setattr(configs, "found", {})
-    monkeypatch.setattr(tuning, "_read", set())
+    monkeypatch.setattr(configs, "tuned_configs", {})
+    monkeypatch.setattr(autotune, "_files_read", set())
     return tmp_path / "cache" / "configs.jsonl"
 
 
@@ -146,21 +144,19 @@ WANTED = {
 
 
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Time is made up: WANTED is fastest.  Returns what was timed."""
+    """Fake times, of which WANTED's are the shortest.  Returns the configurations that were timed."""
     from triton.runtime.errors import OutOfResources
-
-    from vicreg_fast.backends.triton import tuning
 
     tried: list[Any] = []
 
     def milliseconds(run: Any) -> float:
-        tried.append(dict(configs.found))
-        current = {key.kernel: config for key, config in configs.found.items()}
+        tried.append(dict(configs.tuned_configs))
+        current = {key.kernel: config for key, config in configs.tuned_configs.items()}
         if any(getattr(config, "stages", 0) == 4 for config in current.values()):
             raise OutOfResources(300_000, 232_448, "shared memory")
         return 3.0 - sum(current.get(kernel) == config for kernel, config in WANTED.items())
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
     return tried
 
 
@@ -174,30 +170,28 @@ def test_a_search_finds_the_fastest_and_writes_it_down(search: Path, monkeypatch
     tried = timed(monkeypatch)
     x = torch.randn(20, 96)
     gradient_of(x)
-    assert {key.kernel: config for key, config in configs.found.items()} == WANTED
+    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
     lines = [json.loads(line) for line in search.read_text().splitlines()]
     assert [line["key"][3] for line in lines] == ["moments", "gram", "gradient"]
     assert all(line["ms"] < line["table_ms"] for line in lines)
     # The next call, and the next process, search no more.
     count = len(tried)
     gradient_of(x)
-    configs.found.clear()
-    from vicreg_fast.backends.triton import tuning
-
-    tuning._read.clear()
+    configs.tuned_configs.clear()
+    autotune._files_read.clear()
     gradient_of(x)
     assert len(tried) == count
-    assert {key.kernel: config for key, config in configs.found.items()} == WANTED
+    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
 
 
 def test_a_search_changes_no_result(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(20, 96)
     timed(monkeypatch)
-    found = gradient_of(x)
+    grad = gradient_of(x)
     monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
-    configs.found.clear()
+    configs.tuned_configs.clear()
     # Other tiles add in another order: a few roundings, as in data.py.
-    assert (found - gradient_of(x)).norm() <= 8 * U * found.norm()
+    assert (grad - gradient_of(x)).norm() <= 8 * U * grad.norm()
 
 
 @pytest.mark.parametrize(
@@ -209,14 +203,12 @@ def test_a_broken_line_is_named_and_left_out(line: str, search: Path, monkeypatc
     search.write_text(line + "\n")
     with pytest.warns(UserWarning, match=r"configs\.jsonl, line 1, is no row of a search and is left out"):
         gradient_of(torch.randn(20, 96))
-    assert {key.kernel: config for key, config in configs.found.items()} == WANTED
+    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
 
 
 def test_no_search_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vicreg_fast.backends.triton import tuning
-
     for value in ("0", ""):
         monkeypatch.setenv("VICREG_FAST_AUTOTUNE", value)
-        assert not tuning.enabled()
+        assert not autotune.enabled()
     monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
-    assert not tuning.enabled()
+    assert not autotune.enabled()

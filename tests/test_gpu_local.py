@@ -7,9 +7,9 @@ from torch import Tensor
 from vicreg_fast import VICRegLLoss, functional
 
 from .data import U
-from .local_parity import assert_parity, maps_of
 from .parity import BFLOAT, KINDS, SINGLE, assert_same_bits
 from .test_gpu_runs import device_operations
+from .vicregl_parity import assert_parity, maps_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 

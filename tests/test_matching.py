@@ -25,7 +25,6 @@ import pytest
 import torch
 
 from vicreg_fast import VICRegLLoss, functional, operators
-from vicreg_fast.backends.aten import nearest_patches
 
 from .data import EXACT
 

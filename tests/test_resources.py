@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here: no spill, within shared memory, on tensor cores, 64-bit offsets."""
+"""The kernels compile for GPUs that are not present: no spill, within shared memory, on tensor cores, 64-bit offsets."""
 
 import os
 import re
@@ -38,33 +38,33 @@ COVERED = """
 from benchmarks import resources
 from vicreg_fast.backends.triton import configs
 
-# The block sizes that a configuration sets; of a square tile of distances, both.
+# The block sizes that a configuration sets; a square tile of distances sets both of its sides.
 BLOCKS = {
     "moments_forward": ("BLOCK_N", "BLOCK_D"),
     "gram_forward": ("BLOCK_M", "BLOCK_K"),
     "second_moment_forward": ("BLOCK_M", "BLOCK_K"),
     "gradient": ("BLOCK_N", "BLOCK_D", "BLOCK_K"),
     "match_forward": ("BLOCK_Q", "BLOCK_K"),
-    "local_forward": ("BLOCK_D",),
-    "local_gradient": ("BLOCK_P", "BLOCK_D"),
+    "vicregl_forward": ("BLOCK_D",),
+    "vicregl_gradient": ("BLOCK_L", "BLOCK_D"),
 }
-ROWS = {"match_forward": "matching", "local_forward": "local"}
+FIELDS = {"match_forward": "matching", "vicregl_forward": "local", "vicregl_gradient": "local_gradient"}
 
 for target in resources.SHARED_MEMORY:
     seen = set()
     for variant in resources.variants(target):
         name = variant.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix("narrow_")
-        blocks = [variant.constants[block] for block in BLOCKS.get(name, ())]
+        blocks = [variant.named_constants[block] for block in BLOCKS.get(name, ())]
         seen.add((name, *blocks, variant.options["num_warps"], variant.options["num_stages"]))
-    for table in configs.FAMILIES[resources.machine(target).family]:
+    tables = configs.ARCHITECTURES[resources.device_of(target).arch]
+    for table in tables:
         for name, blocks in BLOCKS.items():
-            rows = getattr(table, ROWS.get(name, name.removesuffix("_forward")))
+            rows = getattr(table, FIELDS.get(name, name.removesuffix("_forward")))
             kinds = rows.values() if isinstance(rows, dict) else [rows]
-            if name.startswith("local") and table is not configs.FAMILIES[resources.machine(target).family].aligned:
+            if name.startswith("vicregl") and table is not tables.aligned:
                 continue  # chosen from the first table whatever the layout
             for config in (row.config for kind in kinds for row in kind):
-                sizes = config[: len(blocks)]
-                key = (name, *sizes, config.warps, getattr(config, "stages", 1))
+                key = (name, *config[: len(blocks)], config.warps, getattr(config, "stages", 1))
                 assert key in seen, (target, key)
 """
 

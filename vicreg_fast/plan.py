@@ -39,10 +39,18 @@ class Plan(NamedTuple):
     precision: str | None = None
     covariance: bool = True  # False: the covariance term is not computed and is zero
     backend: str = "aten"
-    weights: Sequence[float] = (1.0, 1.0, 1.0)  # of invariance, variance and covariance, the same in every group
+    weights: Sequence[float] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # of invariance, variance and covariance, the same in every group
     save_for_backward: bool = True  # False: no backward pass follows, and nothing is saved for one
-    groups_per_loss: int = 1  # consecutive groups whose terms are added to one loss; the weights include their shares
-    match_counts: Sequence[int] = ()  # matches from x to y and from y to x; empty: every row of a source is a sample
+    groups_per_loss: int = (
+        1  # consecutive groups whose terms are added to one loss; the weights include their shares
+    )
+    match_counts: Sequence[
+        int
+    ] = ()  # matches from x to y and from y to x; empty: every row of a source is a sample
     match_order: str = "distance"  # "distance": nearest first; "patch": by the query's index
 
     @property
@@ -79,6 +87,11 @@ class Plan(NamedTuple):
         """The pairs as tuples."""
         return list(zip(self.pairs[::2], self.pairs[1::2], strict=True))
 
+    def group_sources(self, group: int) -> Sequence[int]:
+        """Index of the source of each of a group's views."""
+        first = sum(self.group_sizes[:group])
+        return self.view_source[first : first + self.group_sizes[group]]
+
     def match_sets(self, match_index: Tensor, B: int) -> list[Tensor]:
         """Each group's part of a flat match index, (V, P, N): views of it."""
         shapes = index_shapes(B, self.match_counts, self.per_slot) * self.losses
@@ -88,14 +101,12 @@ class Plan(NamedTuple):
     def groups(self, sources: Sequence[Tensor], match_index: Tensor | None) -> Iterator[list[tuple[int, Rows]]]:
         """Each group's views: the index of the source, and its rows."""
         sets = None if match_index is None else self.match_sets(match_index, sources[0].shape[0])
-        first = 0
         for group, size in enumerate(self.group_sizes):
             patches = [None] * size if sets is None else sets[group].unbind()
             yield [
                 (source, Rows(problems(sources[source]), patch, self.per_slot))
-                for source, patch in zip(self.view_source[first : first + size], patches, strict=True)
+                for source, patch in zip(self.group_sources(group), patches, strict=True)
             ]
-            first += size
 
 
 class Matches(NamedTuple):

@@ -1,4 +1,4 @@
-"""The stages that a backend offers, composed for a plan: ``terms``, ``gradient``, ``match``."""
+"""The Triton backend: fused kernels on CUDA and ROCm devices, and in Triton's interpreter."""
 
 import functools
 from collections.abc import Sequence
@@ -6,94 +6,78 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...plan import Plan, problems
-from . import configs, launch, local, matching, scatter, tuning
-from . import gradient as _gradient
-from . import terms as _terms
+from ..plan import Matches, Plan, problems
+from .triton import arguments, autotune, configs, launch_matching, launch_vicreg, launch_vicregl
+from .triton.arguments import Call
 
 
 def saved(
-    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]
+    plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what is saved besides the inputs."""
-    products = launch.products(plan.precision, _of_one_type(sources), configs.machine(sources[0].device))
-    if local.fits(plan, indices):
-        return local.saved(plan, sources[0].shape, indices, products)
+    """Shapes and types of what is saved besides the inputs: see the launchers."""
+    device = configs.device_of(sources[0].device)
+    matmul = arguments.matmul_policy(plan.precision, _of_one_dtype(sources), device)
+    if launch_vicregl.fits(plan):
+        return launch_vicregl.saved(plan, sources[0].shape, matmul)
     return [
         each
-        for group in plan.groups(sources, indices)
-        for each in _terms.saved(plan, products, bool(indices), len(group), *group[0][1].shape)
+        for group in plan.groups(sources, match_index)
+        for each in launch_vicreg.saved(plan, matmul, match_index is not None, len(group), *group[0][1].shape)
     ]
 
 
-def terms(plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """[weighted inv, var, cov and their sum of every loss, their total, then moments, M and operand of every group]."""
-    sources = _of_one_type(sources)
-    machine = configs.machine(sources[0].device)
-    products = launch.products(plan.precision, sources, machine)
-    if local.fits(plan, indices):
-        with launch.on_device(sources[0].device):
-            return tuning.tuned(
-                lambda: local.keys(plan, sources, indices, products, machine)[:1],
-                lambda: local.terms(plan, sources, indices, products, machine),
+def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> list[Tensor]:
+    """[the plan's outputs, then what is saved]."""
+    sources = _of_one_dtype(sources)
+    device = configs.device_of(sources[0].device)
+    matmul = arguments.matmul_policy(plan.precision, sources, device)
+    if matches is not None and launch_vicregl.fits(plan):
+        with arguments.on_device(sources[0].device):
+            return autotune.tuned(
+                lambda: launch_vicregl.keys(plan, sources, matmul, device)[:1],
+                lambda: launch_vicregl.terms(plan, sources, matches, matmul, device),
             )
     values: list[Tensor] = []
     saved: list[Tensor] = []
-    with launch.on_device(sources[0].device):
-        for number, group in enumerate(plan.groups(sources, indices)):
-            views = launch.views(group, indices[number] if indices else None)
-            found = tuning.tuned(
-                functools.partial(_terms.keys, views, products, machine),
-                functools.partial(_terms.terms, views, plan, products, machine),
+    with arguments.on_device(sources[0].device):
+        for group in _groups(plan, sources, None if matches is None else matches.index):
+            results = autotune.tuned(
+                functools.partial(launch_vicreg.forward_keys, group, matmul, device),
+                functools.partial(launch_vicreg.terms, Call(group, plan, matmul, device)),
             )
-            values += found[:4]
-            saved += found[4:]
+            values += results[:4]
+            saved += results[4:]
     return [*plan.outputs_of(values), *saved]
 
 
 def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    match_index: Tensor | None,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the sources that ``needs`` marks, in their own types."""
-    alike = _of_one_type(sources)
-    machine = configs.machine(sources[0].device)
-    products = launch.products(plan.precision, alike, machine)
-    if local.fits(plan, indices):
-        with launch.on_device(sources[0].device):
-            grads = tuning.tuned(
-                lambda: local.keys(plan, alike, indices, products, machine)[1:],
-                lambda: local.gradient(plan, alike, indices, saved, upstream, needs, products, machine),
+    """Gradients of the sources that ``needs`` marks: see :func:`vicreg_fast.operators.gradient`."""
+    of_one_dtype = _of_one_dtype(sources)
+    device = configs.device_of(sources[0].device)
+    matmul = arguments.matmul_policy(plan.precision, of_one_dtype, device)
+    with arguments.on_device(sources[0].device):
+        if match_index is not None and launch_vicregl.fits(plan):
+            grads = autotune.tuned(
+                lambda: launch_vicregl.keys(plan, of_one_dtype, matmul, device)[1:],
+                lambda: launch_vicregl.gradient(
+                    plan, of_one_dtype, match_index, saved[0], upstream, needs, matmul, device
+                ),
             )
-        return [g.to(source.dtype) for g, source in zip(grads, sources, strict=True) if g is not None]
-    totals: list[Tensor | None] = [None] * len(sources)
-    with launch.on_device(sources[0].device):
-        for number, group in enumerate(plan.groups(alike, indices)):
-            reached = upstream[3 * number : 3 * number + 3]
-            if all(u is None for u in reached):
-                continue
-            views = launch.views(group, indices[number] if indices else None)
-            kept = saved[3 * number : 3 * number + 3]
-            differentiate = functools.partial(_gradient.gradient, views, plan, products, machine, kept, reached)
-            keys = functools.partial(_gradient.keys, views, products, machine)
-            if views.index is None:  # rows are the source's own, each once
-                totals = tuning.tuned(keys, functools.partial(differentiate, needs))
-                continue
-            # The sources in the order of the views: the second direction's queries are of the second source.  One after
-            # the other: their rows' gradients are as large as the matches.
-            order = list(dict.fromkeys(source for source, _ in group))
-            for which, source in enumerate(order):
-                if not needs[source]:
-                    continue
-                alone = [which == k for k in range(len(order))]
-                rows = tuning.tuned(keys, functools.partial(differentiate, alone))[which]
-                before = totals[source]
-                totals[source] = scatter.scatter(
-                    views, which, rows, problems(sources[source]).shape, before, products, machine
+            return [g.to(source.dtype) for g, source in zip(grads, sources, strict=True) if g is not None]
+        totals: list[Tensor | None] = [None] * len(sources)
+        for k, group in enumerate(_groups(plan, of_one_dtype, match_index)):
+            reached = upstream[3 * k : 3 * k + 3]
+            if any(u is not None for u in reached):
+                call = Call(group, plan, matmul, device)
+                _add_group_gradient(
+                    call, plan.group_sources(k), totals, saved[3 * k : 3 * k + 3], reached, needs, sources
                 )
     return [
         total.view(source.shape).to(source.dtype)
@@ -102,30 +86,66 @@ def gradient(
     ]
 
 
+def _add_group_gradient(
+    call: Call,
+    group_sources: Sequence[int],
+    totals: list[Tensor | None],
+    kept: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    sources: Sequence[Tensor],
+) -> None:
+    """Add a group's gradient to ``totals``, one a source; ``group_sources``: of each view."""
+    keys = functools.partial(launch_vicreg.gradient_keys, call.group, call.matmul, call.device)
+    differentiate = functools.partial(launch_vicreg.gradient, call, kept, upstream)
+    if call.group.index is None:  # every row is a sample, once
+        totals[:] = autotune.tuned(keys, functools.partial(differentiate, needs))
+        return
+    # The sources in the order of the views: the queries from y to x are of the second source.  One source after the other,
+    # because the gradients of its gathered rows are as large as the matches.
+    order = list(dict.fromkeys(group_sources))
+    for which, source in enumerate(order):
+        if needs[source]:
+            alone = [which == k for k in range(len(order))]
+            rows = autotune.tuned(keys, functools.partial(differentiate, alone))[which]
+            assert rows is not None
+            shape = problems(sources[source]).shape
+            totals[source] = launch_vicreg.scatter(call, which, rows, shape, totals[source])
+
+
 def match(
     maps: Sequence[Tensor],
     locations: Sequence[Tensor],
     counts: Sequence[int],
     match_order: str,
-    across: bool,
-) -> list[Tensor]:
-    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`."""
-    machine = configs.machine(maps[0].device)
-    with launch.on_device(maps[0].device):
-        return tuning.tuned(
-            lambda: [matching.key(maps, machine)],
-            lambda: matching.match(maps, locations, counts, match_order, across, machine),
+    per_slot: bool,
+) -> Matches:
+    """Match patches by location, if there are locations, and by feature: see :class:`vicreg_fast.plan.Matches`."""
+    device = configs.device_of(maps[0].device)
+    with arguments.on_device(maps[0].device):
+        return autotune.tuned(
+            lambda: [launch_matching.key(maps, device)],
+            lambda: launch_matching.match(maps, locations, counts, match_order, per_slot, device),
         )
 
 
 def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Tensor:
     """Euclidean distances (B, m) of matches (2, B, m)."""
-    with launch.on_device(queries.device):
-        return matching.match_distances(queries, candidates, matches, configs.machine(queries.device))
+    with arguments.on_device(queries.device):
+        return launch_matching.match_distances(queries, candidates, matches, configs.device_of(queries.device))
 
 
-def _of_one_type(sources: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The sources, as float32 where their types differ: kernels read both through pointers of one type."""
+def _groups(plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None) -> list[arguments.Group]:
+    """The plan's groups, ready for the kernels."""
+    groups = list(plan.groups(sources, match_index))
+    sets: Sequence[Tensor | None] = [None] * len(groups)
+    if match_index is not None:
+        sets = plan.match_sets(match_index, sources[0].shape[0])
+    return [arguments.group_of(group, index) for group, index in zip(groups, sets, strict=True)]
+
+
+def _of_one_dtype(sources: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sources; as float32 if their types differ, because kernels read both through pointers of one type."""
     if all(source.dtype == sources[0].dtype for source in sources):
         return sources
     return [source.float() for source in sources]

@@ -1,4 +1,4 @@
-"""What every launcher needs: the views as kernel arguments, the products, the device and the pinned options."""
+"""What every launcher needs: a group's views as a kernel argument, the matmul policy, and the device."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,64 +10,66 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import precision
+from ...kernels.views import Source, Views
+from ...plan import Plan
 from ...rows import Rows
 from ...sides import uses_dual
-from .configs import Key, Machine
+from .configs import Device, Key
 
-_LANGUAGE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Products(NamedTuple):
+class MatmulPolicy(NamedTuple):
     """How operands are rounded, stored and multiplied."""
 
-    round: str  # the operand's grid, as kernels/rows.py names it
-    dot: str  # Triton's input_precision, of float32 operands
-    type: torch.dtype  # of the operand in memory
-    kind: str  # the rows of configs.py
-    exact: str  # Triton's input_precision of products as accurate as float32, whatever the precision
+    format: str  # the operand's number format, as kernels/numerics.py names it
+    dot_precision: str  # Triton's input_precision, of float32 operands
+    dtype: torch.dtype  # of the operand in memory
+    kind: str  # of the rows in configs.py
+    exact_precision: str  # Triton's input_precision of float32-accurate matmuls, whatever the precision
 
     @property
-    def matrix_type(self) -> torch.dtype:
-        """The type of M, which the backward pass multiplies: float16 has not the range for it."""
-        return torch.float32 if self.type == torch.float16 else self.type
+    def matrix_dtype(self) -> torch.dtype:
+        """The type of M, which the backward pass multiplies: float16 lacks the range for it."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     @property
     def gradient_kind(self) -> str:
-        """The rows of configs.py for the backward pass: beside a float32 M the operand is float32 too."""
-        return "tf32" if self.type == torch.float16 else self.kind
+        """The kind of the backward pass: beside a float32 M the operand is float32 too."""
+        return "tf32" if self.dtype == torch.float16 else self.kind
 
     @property
-    def language_type(self) -> Any:
-        """The operand's type as kernels name it."""
-        return _LANGUAGE_TYPES[self.type]
+    def tl_dtype(self) -> Any:
+        """The operand's type in Triton's language."""
+        return _TRITON_DTYPES[self.dtype]
 
 
-def products(plan_precision: str | None, sources: Sequence[Tensor], machine: Machine) -> Products:
-    """The products that a precision means for these sources.
+def matmul_policy(plan_precision: str | None, sources: Sequence[Tensor], device: Device) -> MatmulPolicy:
+    """The policy that a precision means for these sources.
 
-    Inputs of 16 bits are multiplied in their own type unless another precision is asked for by name.  In the
-    interpreter, on CPU tensors, a precision means what it would on a GPU.
+    16-bit inputs are multiplied in their own type unless another precision is requested by name.  In the interpreter, on CPU
+    tensors, a precision means what it would on a GPU.
     """
     on_cpu = sources[0].device.type == "cpu"
-    device = torch.device("cuda") if on_cpu else sources[0].device
+    torch_device = torch.device("cuda") if on_cpu else sources[0].device
     dtypes = {source.dtype for source in sources}
     if plan_precision is None and dtypes in ({torch.float16}, {torch.bfloat16}):
-        product = "fp16" if dtypes == {torch.float16} else "bf16"
+        requested = "fp16" if dtypes == {torch.float16} else "bf16"
     else:
-        product = precision.resolve_product(plan_precision, device, list(dtypes))
-    # gfx950 has no TF32: float32 products of rounded operands are the same numbers.
-    tf32 = "ieee" if machine.family == "gfx950" else "tf32"
-    # Three TF32 products are accurate to float32 and run on tensor cores; AMD's multiply float32 themselves.
-    exact = "ieee" if on_cpu or machine.family.startswith("gfx") else "tf32x3"
-    if product == "bf16" and on_cpu:
-        # Triton's interpreter computes bfloat16 wrong: the same numbers as float32.
-        return Products("bf16_bits", tf32, torch.float32, "tf32", exact)
+        requested = precision.resolve_product(plan_precision, torch_device, list(dtypes))
+    # gfx950 has no TF32: float32 matmuls of rounded operands give the same numbers.
+    tf32 = "ieee" if device.arch == "gfx950" else "tf32"
+    # Three TF32 matmuls are accurate to float32 and run on tensor cores; AMD GPUs multiply float32 natively.
+    exact = "ieee" if on_cpu or device.arch.startswith("gfx") else "tf32x3"
+    if requested == "bf16" and on_cpu:
+        # Triton's interpreter computes bfloat16 wrong: the same numbers, held as float32.
+        return MatmulPolicy("bf16_bits", tf32, torch.float32, "tf32", exact)
     return {
-        "ieee": Products("none", exact, torch.float32, "fp32", exact),
-        "tf32": Products("tf32", tf32, torch.float32, "tf32", exact),
-        "bf16": Products("bf16", tf32, torch.bfloat16, "half", exact),
-        "fp16": Products("fp16", tf32, torch.float16, "half", exact),
-    }[product]
+        "ieee": MatmulPolicy("fp32", exact, torch.float32, "fp32", exact),
+        "tf32": MatmulPolicy("tf32", tf32, torch.float32, "tf32", exact),
+        "bf16": MatmulPolicy("bf16", tf32, torch.bfloat16, "half", exact),
+        "fp16": MatmulPolicy("fp16", tf32, torch.float16, "half", exact),
+    }[requested]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -75,81 +77,79 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@dataclass(frozen=True)
-class Views:
-    """One view, a pair, or two pairs as kernels/rows.py has them, as kernel arguments."""
+def _source(rows: Rows) -> Source:
+    """A view's source as kernels address it: the formula of kernels/views.py, which is that of rows.py."""
+    first, second, features = rows.source.stride()
+    if rows.patch is None:
+        strides = (second, first, 0) if rows.per_slot else (first, second, 0)
+    else:
+        strides = (0, first, second) if rows.per_slot else (first, 0, second)
+    return Source(rows.source, *strides, features)
 
-    x: Rows
-    y: Rows
-    count: int
-    index: Tensor | None  # (V, P, N)
+
+@dataclass(frozen=True)
+class Group:
+    """One view, a pair, or two pairs in opposite directions, ready for the kernels."""
+
+    count: int  # V
+    P: int
+    N: int
+    D: int
+    per_slot: bool
+    views: Views  # the kernels' argument: tensors and strides
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(P, N, D)."""
-        return self.x.shape
+    def index(self) -> Tensor | None:
+        """(V, P, N); None: every row is a sample."""
+        index: Tensor | None = self.views.index_ptr
+        return index
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs; 1 for a single view, whose invariance is zero."""
+        return (self.count + 1) // 2
 
     @property
     def dual(self) -> bool:
         """Whether M is N x N."""
-        return uses_dual(*self.shape)
+        return uses_dual(self.P, self.N, self.D)
 
     @property
     def aligned(self) -> bool:
-        """Whether rows lie one after the other, each at a multiple of 16 elements."""
-        steps = [stride for rows in (self.x, self.y) for stride in _strides(rows)[:2]]
-        starts = [rows.source.storage_offset() for rows in (self.x, self.y)]
-        unit = all(rows.source.stride(-1) == 1 for rows in (self.x, self.y))
-        return self.index is None and unit and not any(n % 16 for n in (*steps, *starts, self.shape[2]))
+        """Whether rows are contiguous, each at a multiple of 16 elements."""
+        sources = (self.views.x, self.views.y)
+        steps = [step for source in sources for step in (source.stride_p, source.stride_n)]
+        starts = [source.ptr.storage_offset() for source in sources]
+        unit = all(source.stride_d == 1 for source in sources)
+        return self.index is None and unit and not any(n % 16 for n in (*steps, *starts, self.D))
 
-    def key(self, machine: Machine, kernel: str, kind: str = "") -> Key:
+    def key(self, device: Device, kernel: str, kind: str = "") -> Key:
         """What the configuration of a kernel is chosen by."""
-        P, N, D = self.shape
-        return Key(*machine, self.aligned, kernel, kind, P * self.count, N, D)
+        return Key(*device, self.aligned, kernel, kind, self.P * self.count, self.N, self.D)
 
-    @property
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y, and the row numbers, or in their place a pointer that is not read."""
-        x, y = self.x.source, self.y.source
-        return x, y, x if self.index is None else self.index
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised memory on the views' device."""
+        return torch.empty(shape, dtype=dtype, device=self.views.x.ptr.device)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Of x and of y: the steps of problem, row, patch and feature."""
-        return (*_strides(self.x), *_strides(self.y))
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What every kernel that reads views is compiled for."""
-        return {"VIEWS": self.count, "HAS_INDEX": self.index is not None}
+def group_of(views: Sequence[tuple[int, Rows]], index: Tensor | None) -> Group:
+    """A plan's group, with its part (V, P, N) of the match index."""
+    sources = [source for source, _ in views]
+    if sources not in ([0], [0, 1], [1, 0], [0, 1, 1, 0]):
+        raise NotImplementedError(f"kernels have no views of sources {sources}")
+    x, y = views[0][1], views[min(1, len(views) - 1)][1]
+    return Group(len(views), *x.shape, x.per_slot, Views(_source(x), _source(y), index))
+
+
+class Call(NamedTuple):
+    """What a launcher is called for."""
+
+    group: Group
+    plan: Plan
+    matmul: MatmulPolicy
+    device: Device
 
 
 def block_of(count: int, largest: int) -> int:
-    """The block that covers a count: of 16 at least, which products need."""
+    """The block that covers a count: a power of two, at least 16, which matmuls need."""
     return min(largest, max(16, 1 << (count - 1).bit_length()))
-
-
-def by_direction(found: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of match sets, (4, ...) a group or (2, ...) a direction, as four: of each group there and back.
-
-    Of one group or one direction, others stand in the place of what is not there: they are not used.
-    """
-    sets = [half for views in found for half in (views.chunk(2) if len(views) == 4 else (views,))]
-    return sets * (4 // len(sets))
-
-
-def _strides(rows: Rows) -> tuple[int, int, int, int]:
-    """(s_p, s_n, s_i, s_d) of the addressing formula in rows.py."""
-    first, second, features = rows.source.stride()
-    if rows.patch is None:
-        return (second, first, 0, features) if rows.across else (first, second, 0, features)
-    return (0, first, second, features) if rows.across else (first, 0, second, features)
-
-
-def views(group: Sequence[tuple[int, Rows]], index: Tensor | None) -> Views:
-    """A group, ready for kernels: one view, the two of a pair, or the four of two pairs that go opposite ways."""
-    sources = [source for source, _ in group]
-    if sources not in ([0], [0, 1], [1, 0], [0, 1, 1, 0]):
-        raise NotImplementedError(f"kernels have no views of sources {sources}")
-    rows = [r for _, r in group]
-    return Views(rows[0], rows[min(1, len(rows) - 1)], len(rows), index)

@@ -1,8 +1,8 @@
-"""Which block sizes the kernels run with: a table for each family of GPUs, chosen from by shape, without any search.
+"""Block sizes of the kernels: a table for each GPU architecture, looked up by shape, without a search.
 
-Nothing here was measured on a GPU yet: sizes are what the compilation matrix accepts on every target of a family
-(``python -m benchmarks resources``) and what the traffic of each size suggests.  ``VICREG_FAST_AUTOTUNE=1`` searches
-where the library runs, see tuning.py.
+Nothing here was measured on a GPU yet.  The sizes are those that compile without a defect on every target of an architecture
+(``python -m benchmarks resources``), chosen by the traffic that each size implies.  ``VICREG_FAST_AUTOTUNE=1`` searches on
+the machine where the library runs, see autotune.py.
 """
 
 import functools
@@ -11,91 +11,87 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-# Bytes that the parts of split products may take: 256 parts of 128 x 128.
-WORKSPACE = 16 << 20
-# Numbers that a tensor core may add up.  It truncates its float32 sums: about 0.3 of 2^-24 at each step of 8 or more
-# (arXiv:2203.03341), after 2^16 a third of what rounding to TF32 does.
-LONGEST = 1 << 16
-# Writing a part's tile and reading it again costs about as much as this many more multiplications of its inner dimension:
-# of 128 x 128, 131 KB at 30 GB/s a processor are 4 us, or 600 steps of bfloat16 products at 4.5 TFLOP/s a
-# processor (an H200's memory and products, estimated, not measured); parts stay in the cache, about twice as fast.
-_PART_COST = 256
-
 
 class Moments(NamedTuple):
-    """Rows at a time and columns of a program of the dual side's first kernel."""
+    """Of the dual side's moments kernel: rows at a time, columns of a program."""
 
-    rows: int
-    columns: int
+    block_n: int
+    block_d: int
     warps: int = 8
-    stages: int = 2
 
 
 class Product(NamedTuple):
-    """Tile of M, inner length of one multiplication, and how many programs share a processor."""
+    """Of the kernels that compute M: the side of a tile, BLOCK_K, and how many CTAs share an SM."""
 
-    tile: int
-    inner: int
+    block_m: int
+    block_k: int
     warps: int = 8
     stages: int = 3
-    resident: int = 2
+    ctas_per_sm: int = 2
+
+
+class Gradient(NamedTuple):
+    """Of the backward kernel: the tile of the gradient, and BLOCK_K."""
+
+    block_n: int
+    block_d: int
+    block_k: int
+    warps: int = 8
+    stages: int = 3
 
 
 class Matching(NamedTuple):
-    """The largest tile of distances, square, and inner length of one multiplication."""
+    """Of patch matching: the largest side of a tile of distances, and BLOCK_K."""
 
-    tile: int
-    inner: int
+    largest_tile: int
+    block_k: int
     warps: int = 4
     stages: int = 3
 
 
 class Local(NamedTuple):
-    """Columns at a time of a program of the local loss's forward pass, and the registers that a thread may have."""
+    """Of VICRegL's forward kernel: columns at a time, and the most registers that a thread may have."""
 
-    columns: int
+    block_d: int
     warps: int = 4
     registers: int = 255
 
 
 class LocalGradient(NamedTuple):
-    """Patches and columns of a program of the local loss's backward pass."""
+    """Of VICRegL's backward kernel: patches and columns of a program."""
 
-    patches: int
-    columns: int
+    block_l: int
+    block_d: int
     warps: int = 4
-
-
-class Gradient(NamedTuple):
-    """Tile of the gradient and inner length of one multiplication."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int = 8
-    stages: int = 3
 
 
 Config = TypeVar("Config", Moments, Product, Gradient, Matching, Local, LocalGradient)
 
 
-# What a kernel's configuration is.
-KINDS: dict[str, type] = {
-    "moments": Moments,
-    "gram": Product,
-    "second_moment": Product,
-    "gradient": Gradient,
-    "matching": Matching,
-    "local": Local,
-    "local_gradient": LocalGradient,
+class Tuned(NamedTuple):
+    """A kernel whose configuration is looked up: the configuration's type, and the two sizes that it is chosen by."""
+
+    config: type
+    sizes: tuple[str, str]
+
+
+# The kernels that have rows in Table.
+KERNELS = {
+    "moments": Tuned(Moments, ("samples", "features")),
+    "gram": Tuned(Product, ("samples", "features")),
+    "second_moment": Tuned(Product, ("samples", "features")),
+    "gradient": Tuned(Gradient, ("samples", "features")),
+    "matching": Tuned(Matching, ("patches", "channels")),
+    "local": Tuned(Local, ("matches", "patches")),
+    "local_gradient": Tuned(LocalGradient, ("matches", "patches")),
 }
 
 
 class Row(NamedTuple, Generic[Config]):
-    """The configuration up to these limits; of the local loss's kernels, of matches and of patches."""
+    """A configuration, and the largest two sizes of KERNELS that it is for."""
 
-    samples: float
-    features: float
+    first: float
+    second: float
     config: Config
 
 
@@ -104,7 +100,7 @@ Rows = Sequence[Row[Config]]
 
 
 class Table(NamedTuple):
-    """Rows of each kernel, and of each kind of product: "fp32" (float32-accurate), "tf32", "half"."""
+    """Rows of each kernel; of kernels with a matmul, by its kind: "fp32" (accurate to float32), "tf32", "half"."""
 
     moments: Rows[Moments]
     gram: dict[str, Rows[Product]]
@@ -116,65 +112,69 @@ class Table(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a kind of product can afford: the largest tile, the inner length of one multiplication, a small tile's warps."""
+    """What a kind of matmul allows: the largest tile, BLOCK_K, and the warps of a small tile."""
 
     largest: int
-    inner: int
+    block_k: int
     warps: int = 4
 
 
-def _moments(columns: int) -> Rows[Moments]:
+def _moments(block_d: int) -> Rows[Moments]:
     return (
         Row(16, ANY, Moments(16, 128, warps=4)),
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
-        # Few columns fill the device only in narrow programs; many rows at a time, or each would wait for memory.
+        # Few columns fill the device only in narrow programs.  Many rows at a time, or each would wait for memory.
         Row(ANY, 4096, Moments(128, 16, warps=4)),
         Row(1024, ANY, Moments(64, 32, warps=4)),
-        Row(ANY, ANY, Moments(64, columns)),
+        Row(ANY, ANY, Moments(64, block_d)),
     )
 
 
 def _gram(kind: Kind, stages: int) -> Rows[Product]:
     large = kind.largest > 64
+    small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=16 // kind.warps)
     rows = (
-        Row(32, ANY, Product(32, kind.inner, 4, stages, resident=4)),
-        Row(512 if large else ANY, ANY, Product(64, kind.inner, kind.warps, stages, resident=16 // kind.warps)),
+        Row(32, ANY, Product(32, kind.block_k, 4, stages, ctas_per_sm=4)),
+        Row(512 if large else ANY, ANY, small),
     )
-    return (*rows, Row(ANY, ANY, Product(128, kind.inner, 8, stages, resident=1))) if large else rows
+    return (*rows, Row(ANY, ANY, Product(128, kind.block_k, 8, stages, ctas_per_sm=1))) if large else rows
 
 
-def _second_moment(kind: Kind, stages: int, inner: int) -> Rows[Product]:
+def _second_moment(kind: Kind, stages: int, block_k: int) -> Rows[Product]:
     large = kind.largest > 64
     rows = (
-        Row(ANY, 32, Product(32, 16, 4, stages=2, resident=4)),
-        Row(ANY, 256 if large else ANY, Product(64, inner, 8, stages)),
+        Row(ANY, 32, Product(32, 16, 4, stages=2, ctas_per_sm=4)),
+        Row(ANY, 256 if large else ANY, Product(64, block_k, 8, stages)),
     )
-    return (*rows, Row(ANY, ANY, Product(128, inner, 8, stages, resident=1))) if large else rows
+    return (*rows, Row(ANY, ANY, Product(128, block_k, 8, stages, ctas_per_sm=1))) if large else rows
 
 
-def _gradient(kind: Kind, stages: int, columns: int) -> Rows[Gradient]:
+def _gradient(kind: Kind, stages: int, block_d: int) -> Rows[Gradient]:
     large = kind.largest > 64
     rows = (
-        Row(32, ANY, Gradient(32, 64, kind.inner, 8, stages)),
-        Row(ANY, 64, Gradient(64, columns, kind.inner, 8, stages)),
-        Row(128 if large else ANY, ANY, Gradient(64, 128 if large else columns, kind.inner, 8, stages)),
+        Row(32, ANY, Gradient(32, 64, kind.block_k, 8, stages)),
+        Row(ANY, 64, Gradient(64, block_d, kind.block_k, 8, stages)),
+        Row(128 if large else ANY, ANY, Gradient(64, 128 if large else block_d, kind.block_k, 8, stages)),
     )
-    return (*rows, Row(ANY, ANY, Gradient(128, 128, kind.inner, 8, stages))) if large else rows
+    return (*rows, Row(ANY, ANY, Gradient(128, 128, kind.block_k, 8, stages))) if large else rows
 
 
 def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
-    # Many patches are bound by products: larger tiles multiply more for each byte.  Of float32, three products keep a
-    # processor busy with small ones.
-    rows = (Row(64 if half.largest > 64 else ANY, ANY, Matching(64, half.inner, half.warps, stages)),)
-    # Where float32 products need eight warps, compute capability 8.0, so do longer multiplications of large tiles.
-    inner = half.inner if fp32.warps == 4 else 32
-    many = (Row(ANY, ANY, Matching(half.largest, inner, 8, stages)),) if half.largest > 64 else ()
-    return {"fp32": (Row(ANY, ANY, Matching(64, fp32.inner, fp32.warps, stages)),), "half": (*rows, *many)}
+    # Many patches are bound by arithmetic: larger tiles multiply more for each byte.  The three TF32 matmuls of float32
+    # keep an SM busy with small tiles.
+    small = Row(64 if half.largest > 64 else ANY, ANY, Matching(64, half.block_k, half.warps, stages))
+    # Where float32 matmuls need eight warps, on compute capability 8.0, a larger BLOCK_K of large tiles does too.
+    block_k = half.block_k if fp32.warps == 4 else 32
+    large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
+    return {
+        "fp32": (Row(ANY, ANY, Matching(64, fp32.block_k, fp32.warps, stages)),),
+        "half": (small, *large),
+    }
 
 
 def _local_gradient(warps: int) -> Rows[LocalGradient]:
-    # All of an image's patches in one program, as far as they go: others compute the same rows again.
+    # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     return (
         Row(32, 64, LocalGradient(64, 32)),
         Row(32, 128, LocalGradient(128, 32, 8)),
@@ -183,18 +183,18 @@ def _local_gradient(warps: int) -> Rows[LocalGradient]:
     )
 
 
-def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -> Table:
+def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
-    # The primal's operands pass through registers: shorter multiplications.
-    short = {name: min(kind.inner, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
+    # The primal side's operands pass through registers, so its BLOCK_K is smaller.
+    primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
-        _moments(columns),
+        _moments(block_d),
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
-        second_moment={name: _second_moment(kind, stages, short[name]) for name, kind in kinds.items()},
-        gradient={name: _gradient(kind, stages, columns) for name, kind in kinds.items()},
+        second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
+        gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
         matching=_matching(stages, fp32, half),
-        # Programs wait for memory at every step: with 128 registers a thread four share a processor.  The float64 squares of
-        # float32-accurate operands take more.
+        # Programs wait for memory at every step.  With 128 registers a thread, four programs share an SM.  The float64
+        # squares of float32-accurate operands take more registers.
         local={
             name: (Row(32, ANY, Local(32, 4, registers)), Row(ANY, ANY, Local(16, 4)))
             for name, registers in (("fp32", 255), ("tf32", 128), ("half", 128))
@@ -203,45 +203,47 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, columns: int = 64) -
     )
 
 
-class Family(NamedTuple):
-    """Tables of a family of GPUs."""
+class Tables(NamedTuple):
+    """The tables of an architecture."""
 
     aligned: Table
-    odd: Table  # of rows by number or not aligned to 16 elements: each element keeps an address in registers
+    unaligned: (
+        Table  # gathered rows, or rows not aligned to 16 elements: each element keeps an address in registers
+    )
 
 
 def _large(stages: int) -> Table:
     return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64))
 
 
-def _sm100() -> Family:
-    """As the other large ones, but for tiles of distances and gradients of many matches, which spilled there."""
+def _sm100() -> Tables:
+    """As for the other large ones, except for tiles of distances and gradients of many matches, which spilled there."""
     matching: dict[str, Rows[Matching]] = {
-        kind: (Row(ANY, ANY, Matching(64, inner, 8)),) for kind, inner in (("fp32", 32), ("half", 64))
+        kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
     aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8))
-    return Family(aligned, _odd(3))
+    return Tables(aligned, _unaligned(3))
 
 
-def _odd(stages: int) -> Table:
-    return _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), columns=32)
+def _unaligned(stages: int) -> Table:
+    return _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), block_d=32)
 
 
-FAMILIES = {
-    "sm80": Family(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _odd(3)),
-    # 8.6, 8.9, 12.0 and what is not known: the least shared memory.
-    "sm86": Family(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _odd(2)),
-    "sm90": Family(_large(3), _odd(3)),
+ARCHITECTURES = {
+    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _unaligned(3)),
+    # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
+    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _unaligned(2)),
+    "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),
-    "gfx942": Family(_large(2), _odd(2)),
-    "gfx950": Family(_large(2), _odd(2)),
+    "gfx942": Tables(_large(2), _unaligned(2)),
+    "gfx950": Tables(_large(2), _unaligned(2)),
 }
 
 
-def _few_programs(table: Table) -> Table:
-    """Programs of the local loss have so few registers that there are many of them; the interpreter has as many as it likes.
+def _large_programs(table: Table) -> Table:
+    """For the interpreter, which runs one program after the other and has no registers to run out of.
 
-    Of 256 channels or columns at a time: two rounds of the 512 that tests go up to, where 64 took eight.
+    256 channels or columns at a time: the 512 that the tests go up to take two steps, where 64 took eight.
     """
     return table._replace(
         matching={kind: (Row(ANY, ANY, Matching(64, 256)),) for kind in table.matching},
@@ -250,113 +252,78 @@ def _few_programs(table: Table) -> Table:
     )
 
 
-FAMILIES["interpreter"] = Family(*map(_few_programs, FAMILIES["sm90"]))
+ARCHITECTURES["interpreter"] = Tables(*map(_large_programs, ARCHITECTURES["sm90"]))
 
 
-class Machine(NamedTuple):
+class Device(NamedTuple):
     """What configurations depend on."""
 
-    family: str  # of FAMILIES
-    processors: int
+    arch: str  # of ARCHITECTURES
+    num_sms: int
 
 
-def launch_options(machine: Machine, warps: int, stages: int = 1, registers: int = 255) -> dict[str, Any]:
-    """Triton's options of every launch; ``registers`` of a thread at most, for NVIDIA's.
+def launch_options(device: Device, warps: int, stages: int = 1, registers: int = 255) -> dict[str, Any]:
+    """Triton's options of a launch; ``registers``: the most that a thread may have, on NVIDIA GPUs.
 
-    Multiply-add fusion is off whatever Triton's default.  Left alone, NVIDIA's assembler spills a few bytes to fit one more
-    program on a processor (in 42 of 520 variants for compute capability 8.0); told that a thread may have 255 registers,
-    which is all there are, it does not.
+    FMA fusion is off, whatever Triton's default.  The register limit is always given: without one, NVIDIA's assembler spills
+    a few bytes to fit one more CTA on an SM (in 42 of 520 variants for compute capability 8.0); with a limit of 255, the
+    most there is, it does not.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    if machine.family.startswith("sm"):
+    if device.arch.startswith("sm"):
         options["maxnreg"] = registers
     return options
 
 
 class Key(NamedTuple):
-    """What a configuration is chosen by; ``kind`` is empty for kernels without a product."""
+    """What a configuration is chosen by."""
 
-    family: str
-    processors: int
+    arch: str
+    num_sms: int
     aligned: bool
-    kernel: str  # a field of Table
-    kind: str
-    problems: int  # P times views
-    samples: int
-    features: int
+    kernel: str  # of KERNELS
+    kind: str  # of the matmul; empty for kernels without one
+    problems: int  # P times V; images for VICRegL and matching
+    first: int  # the sizes of KERNELS
+    second: int
 
 
-# What a search has found for one shape (tuning.py); empty without one.
-found: dict[Key, Any] = {}
+# Configurations that a search chose (autotune.py); empty without one.
+tuned_configs: dict[Key, Any] = {}
 
 
 def choose(key: Key) -> Any:
-    """The configuration that the key's kernel takes."""
-    return found.get(key) or from_table(key)
+    """The configuration that the key's kernel is launched with."""
+    return tuned_configs.get(key) or from_table(key)
 
 
 def from_table(key: Key) -> Any:
-    """The table's configuration: of the first row whose limits hold."""
-    family = FAMILIES[key.family]
-    rows = getattr(family.aligned if key.aligned else family.odd, key.kernel)
+    """The table's configuration: that of the first row whose limits hold."""
+    tables = ARCHITECTURES[key.arch]
+    rows = getattr(tables.aligned if key.aligned else tables.unaligned, key.kernel)
     if key.kind:
         rows = rows[key.kind]
-    return next(row.config for row in rows if row.samples >= key.samples and row.features >= key.features)
+    return next(row.config for row in rows if row.first >= key.first and row.second >= key.second)
 
 
-# The interpreter runs one program after the other: it wants few, and yet products that are split.
-INTERPRETER = Machine("interpreter", 1)
+# One SM: the interpreter is fastest with few programs.
+INTERPRETER = Device("interpreter", 1)
 
 
-def family(major: int, minor: int) -> str:
-    """The family of a CUDA device of this compute capability."""
+def architecture(major: int, minor: int) -> str:
+    """The architecture of a CUDA device of this compute capability."""
     exact = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
     return exact.get((major, minor), "sm86")
 
 
 @functools.cache
-def machine(device: torch.device) -> Machine:
-    """A device's family and size, asked for once: the properties do not change and their look-up costs a launch."""
+def device_of(device: torch.device) -> Device:
+    """A device's architecture and size.  Cached: looking up the properties takes as long as a launch."""
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        # Of AMD's, only gfx942 has TF32.
+        # Of AMD's GPUs only gfx942 has TF32.
         amd = "gfx942" if "gfx942" in properties.gcnArchName else "gfx950"
-        return Machine(amd, properties.multi_processor_count)
-    return Machine(family(properties.major, properties.minor), properties.multi_processor_count)
-
-
-class Split(NamedTuple):
-    """How a product's tiles are shared out: the first ``whole`` to one program each, the others in ``parts``."""
-
-    whole: int
-    parts: int
-    length: int  # of a part, in the inner dimension
-
-    def programs(self, tiles: int) -> int:
-        """Programs of the product's kernel."""
-        return self.whole + (tiles - self.whole) * self.parts
-
-
-@functools.lru_cache(maxsize=1024)  # it takes as long as several launches
-def split(tiles: int, inner: int, config: Product, processors: int, whole_tiles: bool) -> Split:
-    """Share ``tiles`` out so that no processor waits long for another.
-
-    ``whole_tiles``: a tile that is not split may be left to one program, which finishes it.
-    """
-    slots = processors * config.resident
-    least = -(-inner // LONGEST)
-    whole = tiles // slots * slots if whole_tiles and least == 1 else 0
-    rest = tiles - whole
-    if rest == 0:
-        return Split(tiles, 1, inner)
-    room = WORKSPACE // (4 * config.tile**2) // rest
-    # A part is at least four multiplications long, its pipeline's length and one; more than four rounds gain little.
-    most = max(least, min(room, inner // (4 * config.inner), -(-4 * slots // rest)))
-    parts = min(range(least, most + 1), key=lambda k: -(-rest * k // slots) * (inner / k + _PART_COST))
-    length = -(-inner // (parts * config.inner)) * config.inner
-    parts = -(-inner // length)
-    if whole_tiles and parts == 1:
-        return Split(tiles, 1, inner)
-    return Split(whole, parts, length)
+        return Device(amd, properties.multi_processor_count)
+    return Device(architecture(properties.major, properties.minor), properties.multi_processor_count)

@@ -1,4 +1,4 @@
-"""Launches patch matching: one kernel where an image's patches are one block each side, else two."""
+"""Launches patch matching: one kernel if each map of an image is one block, else two."""
 
 from collections.abc import Sequence
 
@@ -6,32 +6,33 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import matching as kernels
-from ...plan import index_shapes
-from ..aten.matching import MAX_COORDINATES
-from .configs import Key, Machine, Matching, choose, launch_options
-from .launch import block_of, by_direction, products
+from ...kernels import patch_matching
+from ...kernels.patch_matching import Nearest, PatchMap
+from ...plan import Matches, index_shapes, index_size
+from ..aten.nearest_patches import MAX_COORDINATES
+from .arguments import block_of, matmul_policy
+from .configs import Device, Key, Matching, choose, launch_options
 
-# Patches of a program of the selection, and blocks whose nearest it reads at a time; matches and channels of one of the
-# distances.
-_SELECTED, _PARTS = 64, 8
+# Patches of a program of the selection, and blocks whose nearest it reads at a time.
+_SELECTED, _BLOCKS_AT_ONCE = 64, 8
+# Matches and channels at a time of a program of the distances.
 _MEASURED, _CHANNELS = 16, 64
 
 
 def _axes(rows: Tensor) -> int:
-    """Channels of rows that are compared as locations are; 0 of longer ones."""
+    """Channels of rows that are compared as locations are; 0 for longer rows."""
     return rows.shape[2] if rows.shape[2] <= MAX_COORDINATES else 0
 
 
-def key(maps: Sequence[Tensor], machine: Machine) -> Key:
-    """What the configuration is chosen by; kind "half": 16-bit features, multiplied as they are."""
+def key(maps: Sequence[Tensor], device: Device) -> Key:
+    """What the configuration is chosen by; kind "half": 16-bit features, multiplied unchanged."""
     x, y = maps
     # Triton's interpreter computes bfloat16 wrong: there it is read as float32.
     half = x.dtype == y.dtype and x.dtype.itemsize == 2 and not _axes(x)
     half = half and (x.device.type != "cpu" or x.dtype == torch.float16)
     aligned = all(z.stride(2) == 1 and not z.stride(1) % 16 for z in maps)
     B, P1, C = x.shape
-    return Key(*machine, aligned, "matching", "half" if half else "fp32", B, max(P1, y.shape[1]), C)
+    return Key(*device, aligned, "matching", "half" if half else "fp32", B, max(P1, y.shape[1]), C)
 
 
 def match(
@@ -39,72 +40,77 @@ def match(
     locations: Sequence[Tensor],
     counts: Sequence[int],
     match_order: str,
-    across: bool,
-    machine: Machine,
-) -> list[Tensor]:
-    """Numbers of matched patches, by location and by feature: see :func:`vicreg_fast.operators.match`.
-
-    And a ticket, zero, which the launch that comes next counts its programs with.
-    """
+    per_slot: bool,
+    device: Device,
+) -> Matches:
+    """Match patches by location, if there are locations, and by feature: see :class:`vicreg_fast.plan.Matches`."""
     x, y = maps
-    x_location, y_location = locations or maps
-    chosen_by = key(maps, machine)
+    chosen_by = key(maps, device)
     config: Matching = choose(chosen_by)
     B, P1, C = x.shape
     P2 = y.shape[1]
     both = len(counts) == 2
     m1, m2 = counts if both else (counts[0], 0)
-    groups = 2 if locations else 1
-    wide = torch.float64 in (x_location.dtype, y_location.dtype)
-    largest = min(config.tile, 64) if wide else config.tile  # float64 distances take twice the registers
+    kinds = 2 if locations else 1
+    float64 = any(z.dtype == torch.float64 for z in locations or maps)
+    largest = (
+        min(config.largest_tile, 64) if float64 else config.largest_tile
+    )  # float64 takes twice the registers
     block_q, block_c = block_of(P1, largest), block_of(P2, largest)
-    whole = max(P1, P2) <= largest
+    single_tile = max(P1, P2) <= largest
     blocks = -(-P1 // block_q)
-    found = [
-        torch.empty(shape, dtype=torch.int64, device=x.device)
-        for shape in index_shapes(B, counts, across) * groups
-    ]
-    numbers = by_direction(found)
-    ticket = torch.empty(1, dtype=torch.int32, device=x.device)
-    left = 0 if whole else groups * B * (P1 + blocks * P2)
-    value = torch.empty(left, dtype=torch.float64 if wide else torch.float32, device=x.device)
-    nearest = torch.empty(left, dtype=torch.int32, device=x.device)
-    kernels._match_forward_kernel[(groups * B * blocks,)](
-        x, y, x_location, y_location, *numbers, value, nearest, ticket, B, P1, P2, C, m1, m2,
-        *x.stride(), *y.stride(), *x_location.stride(), *y_location.stride(),
-        AXES=_axes(x), LOCATION_AXES=_axes(x_location) if locations else 0,
-        SCORE=tl.float64 if wide else tl.float32, NATIVE=chosen_by.kind == "half",
-        PRECISION=products(None, maps, machine).exact,
-        BOTH=both, WHOLE=whole, PATCH=match_order == "patch", ACROSS=across,
-        BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=config.inner,
-        **launch_options(machine, config.warps, config.stages),
+    index = torch.empty(index_size(B, counts, kinds), dtype=torch.int64, device=x.device)
+    counter = torch.empty(1, dtype=torch.int32, device=x.device)
+    nearest = None
+    if not single_tile:
+        size = kinds * B * (P1 + blocks * P2)
+        dtype = torch.float64 if float64 else torch.float32
+        nearest = Nearest(
+            torch.empty(size, dtype=dtype, device=x.device),
+            torch.empty(size, dtype=torch.int32, device=x.device),
+        )
+    x_location, y_location = (PatchMap(z, *z.stride()) for z in locations) if locations else (None, None)
+    patch_matching._match_forward_kernel[(kinds * B * blocks,)](
+        x=PatchMap(x, *x.stride()), y=PatchMap(y, *y.stride()), x_location=x_location, y_location=y_location,
+        match_index_ptr=index, nearest=nearest, arrival_counter_ptr=counter, B=B, P1=P1, P2=P2, C=C, m1=m1, m2=m2,
+        AXES=_axes(x), LOCATION_AXES=_axes(locations[0]) if locations else 0,
+        DISTANCE_TYPE=tl.float64 if float64 else tl.float32, NATIVE=chosen_by.kind == "half",
+        DOT_PRECISION=matmul_policy(None, maps, device).exact_precision,
+        BOTH=both, PATCH_ORDER=match_order == "patch", PER_SLOT=per_slot,
+        BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=config.block_k,
+        **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
-    if not whole:
+    if nearest is not None:
         programs = -(-P1 // _SELECTED) + (-(-P2 // _SELECTED) if both else 0)
-        kernels._select_forward_kernel[(groups * B * programs,)](
-            value, nearest, *numbers, B, P1, P2, m1, m2, blocks,
-            BOTH=both, ACROSS=across, BLOCK=_SELECTED, PARTS=_PARTS, **launch_options(machine, warps=8),
+        patch_matching._select_forward_kernel[(kinds * B * programs,)](
+            nearest=nearest, match_index_ptr=index, B=B, P1=P1, P2=P2, m1=m1, m2=m2, blocks=blocks,
+            BOTH=both, PER_SLOT=per_slot, BLOCK=_SELECTED, BLOCKS_AT_ONCE=_BLOCKS_AT_ONCE,
+            **launch_options(device, warps=8),
         )  # fmt: skip
         if match_order == "patch":
-            for views in found:
-                _by_number(views, across)
-    return [*found, ticket]
+            _sort_by_query(index, B, counts, kinds, per_slot)
+    return Matches(index, counter)
 
 
-def _by_number(views: Tensor, across: bool) -> None:
-    """Put matches (V, B, m), ``across``: (V, m, B), in the order of their queries, in place."""
-    m = -2 if across else -1
-    query, order = views[::2].sort(dim=m)
-    views[1::2] = views[1::2].gather(m, order)
-    views[::2] = query
+def _sort_by_query(index: Tensor, B: int, counts: Sequence[int], kinds: int, per_slot: bool) -> None:
+    """Put the matches of a flat index in the order of their queries, in place."""
+    first = 0
+    for V, P, N in index_shapes(B, counts, per_slot) * kinds:
+        views = index[first : first + V * P * N].view(V, P, N)
+        first += V * P * N
+        matches = -2 if per_slot else -1  # the dimension that they run along
+        query, order = views[::2].sort(dim=matches)
+        views[1::2] = views[1::2].gather(matches, order)
+        views[::2] = query
 
 
-def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, machine: Machine) -> Tensor:
+def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, device: Device) -> Tensor:
     """Euclidean distances (B, m) of matches (2, B, m)."""
     _, B, m = matches.shape
     distance = torch.empty(B, m, dtype=torch.float32, device=queries.device)
-    kernels._distance_forward_kernel[(B * -(-m // _MEASURED),)](
-        queries, candidates, matches, distance, B, queries.shape[2], m, *queries.stride(), *candidates.stride(),
-        BLOCK_M=_MEASURED, BLOCK_K=_CHANNELS, **launch_options(machine, warps=4),
+    patch_matching._distance_forward_kernel[(B * -(-m // _MEASURED),)](
+        x=PatchMap(queries, *queries.stride()), y=PatchMap(candidates, *candidates.stride()),
+        match_index_ptr=matches, distance_ptr=distance, B=B, C=queries.shape[2], m=m,
+        BLOCK_M=_MEASURED, BLOCK_K=_CHANNELS, **launch_options(device, warps=4),
     )  # fmt: skip
     return distance

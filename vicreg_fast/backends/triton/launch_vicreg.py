@@ -1,181 +1,243 @@
-"""Launches the forward pass: the smaller side's product and the terms.
+"""Launches VICReg's kernels.
 
-Dual: moments, products, and the sum of split products if there are any: two kernels or three.  Primal: products with
-the moments, and their sum: two.  The last kernel weighs and adds the terms.
+Forward, dual side: moments, gram, and the split-K reduction if tiles were split: two launches or three.  Primal side:
+second moments and the split-K reduction: two.  The last one reduces the terms.  Backward: one launch for all views, and for
+gathered rows one for each source, which adds up their gradients.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import combine as combine_kernels
-from ...kernels import gram as gram_kernels
-from ...kernels import moments as moments_kernels
-from ...kernels import second_moment as second_moment_kernels
+from ...kernels import scatter_rows, vicreg_backward, vicreg_dual, vicreg_primal, vicreg_splitk
+from ...kernels.epilogue import Partials, Terms
 from ...plan import Plan
+from ...scales import Normalisation
 from ...sides import FEW_SAMPLES, uses_dual
-from .configs import INTERPRETER, Key, Machine, Moments, Product, Split, choose, launch_options, split
-from .launch import Products, Views
+from .arguments import Call, Group, MatmulPolicy, block_of
+from .configs import INTERPRETER, Device, Gradient, Key, Moments, Product, choose, launch_options
+from .splitk import split, tril_tiles
 
-# Of a program of the combination: parts at a time, and elements of a tile.  Its registers hold both: the most that no
-# target spilled of those tried.
-_FEW_PARTS, _MANY_PARTS = (4, 512), (8, 128)
-
-
-def keys(views: Views, products: Products, machine: Machine) -> list[Key]:
-    """What the forward pass's configurations are chosen by: of the moments (dual) and of the product."""
-    if views.dual:
-        return [views.key(machine, "moments"), views.key(machine, "gram", products.kind)]
-    return [views.key(machine, "second_moment", products.kind)]
+# The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile, for up to 8 splits and for
+# more.  A program's registers hold both: these are the largest that no target spilled.
+_FEW_SPLITS, _MANY_SPLITS = (4, 512), (8, 128)
+# Patches, matches at a time and columns of a program of the scatter.  The interpreter wants few programs, and more than one
+# of the 130 columns that tests have.
+_PATCHES, _MATCHES, _COLUMNS, _COLUMNS_INTERPRETED = 64, 32, 32, 128
 
 
-def terms(views: Views, plan: Plan, products: Products, machine: Machine) -> list[Tensor]:
-    """[weighted inv, var, cov, their sum, moments, M, operand]; the last three are empty where ``plan.keep`` is not set."""
-    return _Forward(views, plan, products, machine).run()
+def forward_keys(group: Group, matmul: MatmulPolicy, device: Device) -> list[Key]:
+    """What the forward pass's configurations are chosen by: dual, of moments and gram; primal, of the second moments."""
+    if group.dual:
+        return [group.key(device, "moments"), group.key(device, "gram", matmul.kind)]
+    return [group.key(device, "second_moment", matmul.kind)]
+
+
+def gradient_keys(group: Group, matmul: MatmulPolicy, device: Device) -> list[Key]:
+    """What the backward pass's configuration is chosen by."""
+    return [group.key(device, "gradient", matmul.gradient_kind)]
 
 
 def saved(
-    plan: Plan, products: Products, indexed: bool, V: int, P: int, N: int, D: int
+    plan: Plan, matmul: MatmulPolicy, indexed: bool, V: int, P: int, N: int, D: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the backward pass reads: moments, M and the dual's operand, if it is a copy."""
-    dual = uses_dual(P, N, D)
+    """Shapes and types of what the backward pass reads: moments, M, and the dual side's operand if rows are not gathered."""
     shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
-    if plan.keep:
-        copy = (0,) if indexed else (V, P, N, D)
-        shapes = ((4, P, V, D), (V * P, N, N), copy) if dual else ((3, P, V, D), (V * P, D, D), (0,))
-    types = (torch.float32, products.matrix_type, products.type)
-    return list(zip(shapes, types, strict=True))
+    if plan.save_for_backward and uses_dual(P, N, D):
+        shapes = ((4, P, V, D), (V * P, N, N), (0,) if indexed else (V, P, N, D))
+    elif plan.save_for_backward:
+        shapes = ((3, P, V, D), (V * P, D, D), (0,))
+    dtypes = (torch.float32, matmul.matrix_dtype, matmul.dtype)
+    return list(zip(shapes, dtypes, strict=True))
 
 
-class _Forward:
-    """The arguments that the kernels of one group's forward pass share."""
+def _or_none(tensor: Tensor) -> Tensor | None:
+    """A tensor as kernels take it: None for one without elements."""
+    return tensor if tensor.numel() else None
 
-    def __init__(self, views: Views, plan: Plan, products: Products, machine: Machine) -> None:
-        self.views, self.plan, self.products, self.machine = views, plan, products, machine
-        self.shape = views.shape
-        self.moments, self.M, self.operand = (
-            self.empty(*shape, dtype=dtype)
-            for shape, dtype in saved(plan, products, views.index is not None, views.count, *views.shape)
-        )
-        self.ticket = self.empty(1, dtype=torch.int32)
-        self.outputs = [self.empty() for _ in range(4)]
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.views.x.source.device)
+def terms(call: Call) -> list[Tensor]:
+    """[weighted inv, var, cov, their sum; moments, M, operand]; the last three are empty if nothing is saved."""
+    group, plan, matmul, _ = call
+    shapes = saved(plan, matmul, group.index is not None, group.count, group.P, group.N, group.D)
+    kept = [group.empty(*shape, dtype=dtype) for shape, dtype in shapes]
+    outputs = [group.empty() for _ in range(4)]
+    forward = _dual_forward if group.dual else _primal_forward
+    forward(call, kept, Terms(*outputs))
+    return [*outputs, *kept]
 
-    def run(self) -> list[Tensor]:
-        if self.views.dual:
-            self.dual()
-        else:
-            self.primal()
-        return [*self.outputs, self.moments, self.M, self.operand]
 
-    def tiles(self, side: int, config: Product) -> int:
-        """Tiles on and below the diagonal of one M."""
-        count = -(-side // config.tile)
-        return count * (count + 1) // 2
+def _normalisation(group: Group) -> Normalisation:
+    return Normalisation(group.count, group.pairs, group.P, group.N, group.D)
 
-    def combination(self, product: Product, parts: Split) -> tuple[int, int]:
-        """(BLOCK_C, BLOCK_R): parts added at a time and rows of a tile, of a program of the combination."""
-        block_c, elements = _MANY_PARTS if parts.parts > 8 else _FEW_PARTS
-        if (
-            self.machine == INTERPRETER
-        ):  # as many registers as it likes; and yet more than one program of a tile, as on a GPU
-            return block_c, product.tile // 2
-        return block_c, max(1, elements // product.tile)
 
-    def dual(self) -> None:
-        views, products = self.views, self.products
-        P, N, D = self.shape
-        V = views.count
-        moments_key, product_key = keys(views, products, self.machine)
-        config: Moments = choose(moments_key)
-        blocks = -(-D // config.columns)
-        sums = self.empty(V * P * blocks, 3, dtype=torch.float64)
-        energy = self.empty(V * P, blocks, N)
-        indexed = views.index is not None
-        operand, moments = self.operand, self.moments
-        if not self.plan.keep and indexed:  # the product centres rows by number itself
-            moments = self.empty(4, P, V, D)
-        elif not self.plan.keep:
-            operand = self.empty(V, P, N, D, dtype=products.type)
-        moments_kernels._moments_forward_kernel[(V * P * blocks,)](
-            *views.pointers, operand, moments, energy, sums, self.ticket,
-            P, N, D, self.plan.gamma, self.plan.eps, *views.strides, **views.constants,
-            KEEP=self.plan.keep or indexed, ROUND=products.round, BLOCK_N=config.rows, BLOCK_D=config.columns,
-            **launch_options(self.machine, config.warps, config.stages),
-        )  # fmt: skip
+def _splitk_blocks(product: Product, splits: int, device: Device) -> tuple[int, int]:
+    """(BLOCK_C, BLOCK_R) of the split-K reduction: splits added at a time, and rows of a tile, in a program."""
+    block_c, elements = _MANY_SPLITS if splits > 8 else _FEW_SPLITS
+    if device == INTERPRETER:  # few programs, but more than one of a tile, as on a GPU
+        return block_c, product.block_m // 2
+    return block_c, max(1, elements // product.block_m)
 
-        product: Product = choose(product_key)
-        tiles = self.tiles(N, product)
-        parts = split(V * P * tiles, D, product, self.machine.processors, whole_tiles=True)
-        rest = V * P * tiles - parts.whole
-        _, block_r = self.combination(product, parts)
-        found = parts.whole + rest * (product.tile // block_r)
-        found_sums = self.empty(found, 2, dtype=torch.float64)
-        partial = self.empty(rest * parts.parts, product.tile, product.tile)
-        gram_kernels._gram_forward_kernel[(parts.programs(V * P * tiles),)](
-            *views.pointers, operand, moments, partial, energy, self.M, found_sums, sums, self.ticket, *self.outputs,
-            P, N, D, tiles, *parts, blocks, found, len(sums), *self.plan.weights, *views.strides, **views.constants,
-            ROUND=products.round, TYPE=products.language_type, PRECISION=products.dot, KEEP=self.plan.keep, LAST=rest == 0,
-            BLOCK_M=product.tile, BLOCK_K=product.inner,
-            **launch_options(self.machine, product.warps, product.stages),
-        )  # fmt: skip
-        if rest:
-            self.combine(product, parts, tiles, partial, energy, energy, found_sums, sums, blocks)
 
-    def primal(self) -> None:
-        views, products = self.views, self.products
-        P, N, D = self.shape
-        V, pairs = views.count, (views.count + 1) // 2
-        (key,) = keys(views, products, self.machine)
-        product: Product = choose(key)
-        tiles = self.tiles(D, product)
-        narrow = tiles == 1
-        programs = pairs * P if narrow else V * P * tiles
-        parts = split(programs, N, product, self.machine.processors, whole_tiles=False)
-        partial = self.empty(V * P * tiles * parts.parts, product.tile, product.tile)
-        sums = self.empty(parts.parts, V * P, 3, D)
-        inv_sums = self.empty(programs * parts.parts if V > 1 else 0, dtype=torch.float64)
-        options = {
-            **views.constants, "ROUND": products.round, "TYPE": products.language_type, "PRECISION": products.dot,
-            "BLOCK_M": product.tile, "BLOCK_K": product.inner,
-            **launch_options(self.machine, product.warps, product.stages),
-        }  # fmt: skip
-        arguments = (*views.pointers, partial, sums, inv_sums, self.ticket, P, N, D)
-        if narrow:
-            second_moment_kernels._narrow_second_moment_forward_kernel[(programs * parts.parts,)](
-                *arguments, parts.parts, parts.length, *views.strides, **options, FEW=N < FEW_SAMPLES
-            )
-        else:
-            second_moment_kernels._second_moment_forward_kernel[(programs * parts.parts,)](
-                *arguments, tiles, parts.parts, parts.length, *views.strides, **options
-            )
-        _, block_r = self.combination(product, parts)
-        found_sums = self.empty(V * P * tiles * (product.tile // block_r), 2, dtype=torch.float64)
-        # Neither is read on this side: energy is the dual's.
-        self.combine(product, parts, tiles, partial, sums, sums, found_sums, inv_sums, 0)
+def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
+    group, plan, matmul, device = call
+    V, P, N, D = group.count, group.P, group.N, group.D
+    moments, M, operand = map(_or_none, kept)
+    if group.index is not None and moments is None:  # the gram kernel centres gathered rows with the moments
+        moments = group.empty(4, P, V, D)
+    elif group.index is None and operand is None:
+        operand = group.empty(V, P, N, D, dtype=matmul.dtype)
+    moments_key, gram_key = forward_keys(group, matmul, device)
+    config: Moments = choose(moments_key)
+    product: Product = choose(gram_key)
+    column_blocks = -(-D // config.block_d)
+    programs = V * P * column_blocks
+    tiles = tril_tiles(N, product.block_m)
+    shares = split(V * P * tiles, D, product, device.num_sms, allow_full_tiles=True)
+    split_tiles = V * P * tiles - shares.full_tiles
+    _, block_r = _splitk_blocks(product, shares.splits, device)
+    tile_partials = shares.full_tiles + split_tiles * (product.block_m // block_r)
+    partials = Partials(
+        group.empty(tile_partials, 2, dtype=torch.float64),
+        group.empty(programs, 3, dtype=torch.float64),
+        group.empty(1, dtype=torch.int32),
+    )
+    row_sq_norms = group.empty(V * P, column_blocks, N)
+    vicreg_dual._moments_forward_kernel[(programs,)](
+        views=group.views, operand_ptr=operand, moments_ptr=moments, row_sq_norms_ptr=row_sq_norms, partials=partials,
+        P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
+        VIEWS=V, FORMAT=matmul.format, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        **launch_options(device, config.warps),
+    )  # fmt: skip
+    splits = None
+    if split_tiles:
+        splits = group.empty(split_tiles * shares.splits, product.block_m, product.block_m)
+    shared: dict[str, Any] = {
+        "split_tiles_ptr": splits, "row_sq_norms_ptr": row_sq_norms, "M_ptr": M, "partials": partials, "terms": terms,
+        "scales": _normalisation(group).terms(plan.weights), "P": P, "N": N, "D": D, "tiles": tiles,
+        **shares._asdict(), "column_blocks": column_blocks, "tile_partials": tile_partials, "column_partials": programs,
+        "VIEWS": V, "FORMAT": matmul.format, "BLOCK_M": product.block_m,
+    }  # fmt: skip
+    vicreg_dual._gram_forward_kernel[(shares.programs(V * P * tiles),)](
+        **shared, views=group.views, operand_ptr=operand, moments_ptr=moments,
+        OPERAND_TYPE=matmul.tl_dtype, DOT_PRECISION=matmul.dot_precision, BLOCK_K=product.block_k,
+        **launch_options(device, product.warps, product.stages),
+    )  # fmt: skip
+    if splits is not None:
+        _reduce_splits(call, product, shared, chunk_sums=None, moments=None)
 
-    def combine(
-        self,
-        product: Product,
-        parts: Split,
-        tiles: int,
-        partial: Tensor,
-        sums: Tensor,
-        energy: Tensor,
-        found_sums: Tensor,
-        term_sums: Tensor,
-        blocks: int,
-    ) -> None:
-        """Add the parts of split products; ``sums`` is read on the primal side, ``energy`` on the dual."""
-        P, N, D = self.shape
-        block_c, block_r = self.combination(product, parts)
-        strips = len(found_sums) - parts.whole
-        combine_kernels._combine_forward_kernel[(strips,)](
-            partial, sums, energy, self.moments, self.M, found_sums, term_sums, self.ticket, *self.outputs,
-            P, N, D, tiles, *parts, blocks, len(found_sums), len(term_sums),
-            self.plan.gamma, self.plan.eps, *self.plan.weights,
-            VIEWS=self.views.count, DUAL=self.views.dual, ROUND=self.products.round, KEEP=self.plan.keep,
-            BLOCK_M=product.tile, BLOCK_R=block_r, BLOCK_C=block_c,
-            **launch_options(self.machine, warps=4),
-        )  # fmt: skip
+
+def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
+    group, plan, matmul, device = call
+    V, P, N, D = group.count, group.P, group.N, group.D
+    moments, M, _ = map(_or_none, kept)
+    (key,) = forward_keys(group, matmul, device)
+    product: Product = choose(key)
+    tiles = tril_tiles(D, product.block_m)
+    narrow = tiles == 1
+    unsplit_programs = group.pairs * P if narrow else V * P * tiles
+    shares = split(unsplit_programs, N, product, device.num_sms, allow_full_tiles=False)
+    programs = unsplit_programs * shares.splits
+    _, block_r = _splitk_blocks(product, shares.splits, device)
+    tile_partials = V * P * tiles * (product.block_m // block_r)
+    partials = Partials(
+        group.empty(tile_partials, 2, dtype=torch.float64),
+        group.empty(programs, dtype=torch.float64) if V > 1 else None,
+        group.empty(1, dtype=torch.int32),
+    )
+    chunk_sums = group.empty(shares.splits, V * P, 3, D)
+    shared: dict[str, Any] = {
+        "split_tiles_ptr": group.empty(V * P * tiles * shares.splits, product.block_m, product.block_m),
+        "partials": partials, "P": P, "N": N, "D": D, "splits": shares.splits, "split_length": shares.split_length,
+        "VIEWS": V, "FORMAT": matmul.format, "BLOCK_M": product.block_m,
+    }  # fmt: skip
+    arguments: dict[str, Any] = {
+        **shared, "views": group.views, "chunk_sums_ptr": chunk_sums,
+        "OPERAND_TYPE": matmul.tl_dtype, "DOT_PRECISION": matmul.dot_precision, "BLOCK_K": product.block_k,
+        **launch_options(device, product.warps, product.stages),
+    }  # fmt: skip
+    if narrow:
+        kernel = vicreg_primal._narrow_second_moment_forward_kernel
+        kernel[(programs,)](**arguments, FP64_SQUARES=N < FEW_SAMPLES)
+    else:
+        vicreg_primal._second_moment_forward_kernel[(programs,)](**arguments, tiles=tiles)
+    shared |= {
+        "row_sq_norms_ptr": None, "M_ptr": M, "terms": terms, "scales": _normalisation(group).terms(plan.weights),
+        "tiles": tiles, "full_tiles": 0, "column_blocks": 0, "tile_partials": tile_partials, "column_partials": programs,
+    }  # fmt: skip
+    _reduce_splits(call, product, shared, chunk_sums, moments)
+
+
+def _reduce_splits(
+    call: Call, product: Product, shared: dict[str, Any], chunk_sums: Tensor | None, moments: Tensor | None
+) -> None:
+    """Add up the splits.  ``shared``: arguments that the kernel before has too; ``chunk_sums``: of the primal side."""
+    _, plan, _, device = call
+    block_c, block_r = _splitk_blocks(product, shared["splits"], device)
+    vicreg_splitk._splitk_reduction_kernel[(shared["tile_partials"] - shared["full_tiles"],)](
+        **shared, chunk_sums_ptr=chunk_sums, moments_ptr=moments, gamma=plan.gamma, eps=plan.eps,
+        BLOCK_R=block_r, BLOCK_C=block_c, **launch_options(device, warps=4),
+    )  # fmt: skip
+
+
+def gradient(
+    call: Call, kept: Sequence[Tensor], upstream: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of the views of each source that needs one, (views of the source, P, N, D), contiguous.
+
+    In the source's type; float32 for gathered rows, whose gradients are added up in the source.
+    """
+    group, plan, matmul, device = call
+    moments, M, operand = kept
+    V, P, N, D = group.count, group.P, group.N, group.D
+    (key,) = gradient_keys(group, matmul, device)
+    config: Gradient = choose(key)
+    inv, var, cov = upstream
+    x, y = (
+        group.empty(group.pairs, P, N, D, dtype=torch.float32 if group.index is not None else source.ptr.dtype)
+        if need
+        else None
+        for source, need in zip((group.views.x, group.views.y), [*needs, False][:2], strict=True)
+    )
+    views = V if x is not None and y is not None else group.pairs  # those that need a gradient
+    tiles = -(-N // config.block_n) * -(-D // config.block_d)
+    vicreg_backward._gradient_kernel[(tiles * views * P,)](
+        views=group.views, operand_ptr=_or_none(operand), moments_ptr=moments, M_ptr=M, x_grad_ptr=x, y_grad_ptr=y,
+        upstream=vicreg_backward.Upstream(inv if V > 1 else None, var, cov),
+        scales=_normalisation(group).gradients(plan.weights),
+        P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
+        VIEWS=V, DUAL=group.dual, FORMAT=matmul.format, DOT_PRECISION=matmul.dot_precision,
+        BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_K=config.block_k,
+        **launch_options(device, config.warps, config.stages),
+    )  # fmt: skip
+    return [x, y][: len(needs)]
+
+
+def scatter(call: Call, which: int, grads: Tensor, shape: Sequence[int], total: Tensor | None) -> Tensor:
+    """Add gathered rows' gradients (views of the source, P, N, D), float32, up in a source of shape (images, patches, D).
+
+    ``which``: 0, the source of the first view, or 1, that of the second.  ``total``: what is added to, in place.
+    """
+    group, _, matmul, device = call
+    _, P, N, D = grads.shape
+    images, patches, _ = shape
+    add = total is not None
+    if total is None:
+        total = torch.empty(shape, dtype=torch.float32, device=grads.device)
+    m, image_stride, match_stride = (P, 1, N) if group.per_slot else (N, N, 1)
+    # Of the four views in kernels/views.py a source's are 0 and 3, or 1 and 2; of two, the one.
+    first_view, view_step = (0, 3) if which == 0 else (1, 1)
+    block_l = block_of(patches, _PATCHES)
+    block_d = block_of(D, _COLUMNS_INTERPRETED if device == INTERPRETER else _COLUMNS)
+    tiles = -(-patches // block_l) * -(-D // block_d)
+    scatter_rows._scatter_backward_kernel[(images * tiles,)](
+        g_ptr=grads, index_ptr=group.index, total_ptr=total,
+        first_view=first_view, view_step=view_step,
+        image_stride=image_stride, match_stride=match_stride, view_stride=P * N,
+        m=m, L=patches, D=D,
+        VIEWS=len(grads), ADD=add, DOT_PRECISION=matmul.exact_precision,
+        BLOCK_L=block_l, BLOCK_K=_MATCHES, BLOCK_D=block_d, **launch_options(device, warps=4),
+    )  # fmt: skip
+    return total

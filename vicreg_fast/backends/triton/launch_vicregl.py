@@ -1,151 +1,143 @@
 """Launches VICRegL's per-image statistics: one kernel forward, one backward, for both losses and both directions."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...kernels import local as kernels
-from ...plan import Plan
+from ...kernels import vicregl
+from ...kernels.epilogue import Terms
+from ...kernels.vicreg_backward import Upstream
+from ...kernels.views import Source, Views
+from ...plan import Matches, Plan
+from ...scales import match_set_scales
 from ...sides import uses_dual
-from .configs import Key, Local, LocalGradient, Machine, choose, launch_options
-from .launch import Products, block_of, by_direction
+from .arguments import MatmulPolicy, block_of
+from .configs import Device, Key, Local, LocalGradient, choose, launch_options
 
-# Matches that one program holds: more would not fit its registers.
+# Matches that one program holds: more do not fit its registers.
 MOST_MATCHES = 64
 
 
-def fits(plan: Plan, indices: Sequence[Tensor]) -> bool:
-    """Whether a plan is one for these kernels: an image's own statistics, of matches by location and by feature."""
+def fits(plan: Plan) -> bool:
+    """Whether these kernels can compute a plan: per-image statistics of matches of both kinds, up to 64 an image."""
     return (
         plan.losses == 2
-        and not plan.across
+        and bool(plan.match_counts)
+        and not plan.per_slot
         and plan.covariance
-        and len(indices) >= len(plan.group_sizes)
-        and max(index.shape[2] for index in indices[: len(plan.group_sizes)]) <= MOST_MATCHES
+        and max(plan.match_counts) <= MOST_MATCHES
     )
 
 
-class _Matches:
-    """The match sets of both losses and what every launch is told of them."""
+class _Shape(NamedTuple):
+    """Sizes and blocks of a call."""
 
-    def __init__(self, plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
-        groups = len(plan.group_sizes)
-        self.x, self.y = sources
-        self.B, _, self.D = self.x.shape
-        self.numbers = by_direction([index.contiguous() for index in indices[:groups]])
-        self.m1, self.m2 = (numbers.shape[2] for numbers in self.numbers[:2])
-        # One side for both directions: that of the one with more matches.
-        self.dual = uses_dual(self.B, max(self.m1, self.m2), self.D)
-        self.block_n = block_of(max(self.m1, self.m2), MOST_MATCHES)
-        # Each direction has half of a loss, each of its two views half of that.
-        w_inv, w_var, w_cov = (w * plan.averaged / 2 for w in plan.weights)
-        self.factors = w_inv / (self.B * self.D), w_var / (2 * self.B * self.D), w_cov / (2 * self.B * self.D)
-        # With many rows 32 columns more of them do not fit registers.
-        self.block_f = block_of(self.D, 32 if self.block_n <= 32 else 16)
-
-    def columns(self, most: int) -> int:
-        """Columns of a program, no more than there are."""
-        return block_of(self.D, most)
+    B: int
+    D: int
+    m1: int
+    m2: int
+    dual: bool  # one side for both directions: that of the larger number of matches
+    block_n: int
+    block_f: int
 
 
-def keys(
-    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor], products: Products, machine: Machine
-) -> list[Key]:
-    """What the configurations are chosen by, of the forward pass and of the backward: matches and patches."""
-    m = max(index.shape[2] for index in indices[: len(plan.group_sizes)])
-    P = max(source.shape[1] for source in sources)
-    B = sources[0].shape[0]
+def _shape(plan: Plan, x: Tensor) -> _Shape:
+    B, _, D = x.shape
+    m1, m2 = plan.match_counts
+    block_n = block_of(max(m1, m2), MOST_MATCHES)
+    # With many rows, 32 columns more of them do not fit the registers.
+    block_f = block_of(D, 32 if block_n <= 32 else 16)
+    return _Shape(B, D, m1, m2, uses_dual(B, max(m1, m2), D), block_n, block_f)
+
+
+def keys(plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: Device) -> list[Key]:
+    """What the configurations are chosen by, forward and backward."""
+    B, m = sources[0].shape[0], max(plan.match_counts)
+    patches = max(source.shape[1] for source in sources)
     return [
-        Key(*machine, True, "local", products.kind, B, m, P),
-        Key(*machine, True, "local_gradient", "", B, m, P),
+        Key(*device, True, "local", matmul.kind, B, m, patches),
+        Key(*device, True, "local_gradient", "", B, m, patches),
     ]
 
 
-def saved(
-    plan: Plan, shape: Sequence[int], indices: Sequence[Tensor], products: Products
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the backward pass reads of maps (B, P, D): G of every group on the dual side, else nothing."""
+def saved(plan: Plan, shape: Sequence[int], matmul: MatmulPolicy) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of what the backward pass reads: on the dual side all match sets' Gram matrices, flat; else nothing."""
     B, _, D = shape
-    views = [(index.shape[0], index.shape[2]) for index in indices[: len(plan.group_sizes)]]
-    keep = plan.keep and uses_dual(B, max(m for _, m in views), D)
-    return [((V, B, m, m) if keep else (0,), products.matrix_type) for V, m in views]
+    m1, m2 = plan.match_counts
+    keep = plan.save_for_backward and uses_dual(B, max(m1, m2), D)
+    return [((4 * B * (m1 * m1 + m2 * m2),) if keep else (0,), matmul.matrix_dtype)]
+
+
+def _views(sources: Sequence[Tensor], match_index: Tensor) -> Views:
+    """The maps and the flat index as kernels take them: a problem is an image, and its rows are found by index."""
+    x, y = (Source(z, z.stride(0), 0, z.stride(1), z.stride(2)) for z in sources)
+    return Views(x, y, match_index)
 
 
 def terms(
-    plan: Plan, sources: Sequence[Tensor], indices: Sequence[Tensor], products: Products, machine: Machine
+    plan: Plan, sources: Sequence[Tensor], matches: Matches, matmul: MatmulPolicy, device: Device
 ) -> list[Tensor]:
-    """[the plan's outputs, then G of every group]."""
-    matches = _Matches(plan, sources, indices)
-    forward_key, _ = keys(plan, sources, indices, products, machine)
+    """[the plan's outputs, then the Gram matrices]."""
+    forward_key, _ = keys(plan, sources, matmul, device)
     config: Local = choose(forward_key)
-    x, y = sources
-    B, D = matches.B, matches.D
-    G = [
-        torch.empty(shape, dtype=dtype, device=x.device)
-        for shape, dtype in saved(plan, x.shape, indices, products)
-    ]
-    ticket = indices[-1]
-    if len(indices) == len(plan.group_sizes):  # matched elsewhere
-        ticket = torch.zeros(1, dtype=torch.int32, device=x.device)
-    sums = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
+    x = sources[0]
+    B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
+    ((size, dtype),) = saved(plan, x.shape, matmul)
+    gram = torch.empty(size, dtype=dtype, device=x.device)
+    partials = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
-    kernels._local_forward_kernel[(8 * B,)](
-        x, y, *matches.numbers, *_pointers(G, sums), sums, ticket, *outputs,
-        B, D, matches.m1, matches.m2, plan.gamma, plan.eps, *matches.factors, *x.stride(), *y.stride(),
-        DUAL=matches.dual, KEEP=plan.keep, ROUND=products.round, TYPE=products.language_type,
-        PRECISION=products.dot, BLOCK_N=matches.block_n, BLOCK_D=matches.columns(config.columns), BLOCK_F=matches.block_f,
-        **launch_options(machine, config.warps, registers=config.registers),
+    vicregl._vicregl_forward_kernel[(8 * B,)](
+        views=_views(sources, matches.index), gram_ptr=gram if gram.numel() else None, partials_ptr=partials,
+        arrival_counter_ptr=matches.arrival_counter,
+        location=Terms(*outputs[:4]), feature=Terms(*outputs[4:8]), total_ptr=outputs[8],
+        scales=match_set_scales(_loss_weights(plan), B, D)[0],
+        B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
+        DUAL=dual, FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype, DOT_PRECISION=matmul.dot_precision,
+        BLOCK_N=block_n, BLOCK_D=block_of(D, config.block_d), BLOCK_F=block_f,
+        **launch_options(device, config.warps, registers=config.registers),
     )  # fmt: skip
-    return [*outputs, *G]
+    return [*outputs, gram]
+
+
+def _loss_weights(plan: Plan) -> list[float]:
+    """The weights of a loss, from those of its groups."""
+    return [w * plan.groups_per_loss for w in plan.weights]
 
 
 def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    saved: Sequence[Tensor],
+    match_index: Tensor,
+    gram: Tensor,
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
-    products: Products,
-    machine: Machine,
+    matmul: MatmulPolicy,
+    device: Device,
 ) -> list[Tensor | None]:
     """Gradients of the maps that need one, in their type; None for others."""
-    matches = _Matches(plan, sources, indices)
-    _, gradient_key = keys(plan, sources, indices, products, machine)
+    _, gradient_key = keys(plan, sources, matmul, device)
     config: LocalGradient = choose(gradient_key)
     x, y = sources
-    B, D = matches.B, matches.D
+    B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
     # Both directions of a loss have the same upstream gradients.
-    reached = [*upstream[:3], *upstream[3 * plan.averaged :][:3]]
-    inv, var, cov = (
-        sum(1 << group for group in range(2) if reached[3 * group + k] is not None) for k in range(3)
-    )
-    grads = [
+    location, feature = upstream[:3], upstream[3 * plan.groups_per_loss :][:3]
+    x_grad, y_grad = (
         torch.empty(source.shape, dtype=source.dtype, device=source.device) if need else None
         for source, need in zip(sources, needs, strict=True)
-    ]
-    # In the place of what is not there, a pointer of its type that is not used.
-    outs = [grad for grad in grads if grad is not None]
-    some = next(u for u in reached if u is not None)
-    block_p = block_of(
-        max(source.shape[1] for source, need in zip(sources, needs, strict=True) if need), config.patches
     )
-    columns = matches.columns(config.columns)
-    tiles = sum(-(-out.shape[1] // block_p) for out in outs)
-    k_inv, k_var, k_cov = matches.factors
-    kernels._local_gradient_kernel[(B * tiles * -(-D // columns),)](
-        x, y, *matches.numbers, *_pointers(saved, some), outs[0], outs[-1], *(some if u is None else u for u in reached),
-        B, x.shape[1], y.shape[1], D, matches.m1, matches.m2, plan.gamma, plan.eps, 2 * k_inv, k_var, 4 * k_cov,
-        *x.stride(), *y.stride(), X=needs[0], Y=needs[1], INV=inv, VAR=var, COV=cov,
-        DUAL=matches.dual, ROUND=products.round, TYPE=products.language_type,
-        PRECISION=products.dot, EXACT=products.exact, BLOCK_P=block_p, BLOCK_N=matches.block_n, BLOCK_D=columns,
-        BLOCK_F=matches.block_f,
-        **launch_options(machine, config.warps),
+    grads = [grad for grad in (x_grad, y_grad) if grad is not None]
+    block_l = block_of(max(grad.shape[1] for grad in grads), config.block_l)
+    block_d = block_of(D, config.block_d)
+    tiles = sum(-(-grad.shape[1] // block_l) for grad in grads)
+    vicregl._vicregl_gradient_kernel[(B * tiles * -(-D // block_d),)](
+        views=_views(sources, match_index), gram_ptr=gram if gram.numel() else None,
+        x_grad_ptr=x_grad, y_grad_ptr=y_grad, location=Upstream(*location), feature=Upstream(*feature),
+        scales=match_set_scales(_loss_weights(plan), B, D)[1],
+        B=B, L1=x.shape[1], L2=y.shape[1], D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
+        DUAL=dual, FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
+        DOT_PRECISION=matmul.dot_precision, EXACT_PRECISION=matmul.exact_precision,
+        BLOCK_L=block_l, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, **launch_options(device, config.warps),
     )  # fmt: skip
-    return grads
-
-
-def _pointers(G: Sequence[Tensor], other: Tensor) -> list[Tensor]:
-    """G of each match set, there and back; where there is none, a pointer that is not used."""
-    return by_direction(G) if G[0].numel() else [other] * 4
+    return [x_grad, y_grad]

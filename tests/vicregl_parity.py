@@ -1,4 +1,4 @@
-"""The rule of parity.py for VICRegL's local loss, on any device: at the matches that the kernels found."""
+"""The rule of parity.py for VICRegL's local loss, on any device: at the kernels' own matches."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vicreg_fast import operators, reference
 from vicreg_fast.autograd import weighted_terms
-from vicreg_fast.plan import local_views
+from vicreg_fast.plan import Plan, local_views
 
 from .data import TERMS, U
 from .parity import LAYOUTS, SINGLE, Floors, twice
@@ -16,51 +16,46 @@ PARTS = ("location", "feature")
 Counts = tuple[int, int]
 
 
-class Found:
+class Evaluation:
     """Terms of both losses and the gradients of both maps for each, in float64."""
 
     def __init__(self, values: Sequence[Tensor], maps: Sequence[Tensor], scale: float = 1.0) -> None:
         self.values = torch.stack([value.detach() for value in values]).double()
         self.grads = []
         for value in values:
-            found = torch.autograd.grad(value * scale, maps, retain_graph=True)
-            self.grads.append([g.detach().double() / scale for g in found])
+            grads = torch.autograd.grad(value * scale, maps, retain_graph=True)
+            self.grads.append([g.detach().double() / scale for g in grads])
 
 
-def of_kernels(
-    maps: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    counts: Counts,
-    across: bool,
-    precision: str | None,
-    scale: float,
-) -> Found:
+def of_kernels(plan: Plan, maps: Sequence[Tensor], locations: Sequence[Tensor], scale: float) -> Evaluation:
     """Six terms: of the matches by location, then of those by feature."""
     maps = [z.detach().requires_grad_() for z in maps]
-    plan = local_views(counts)._replace(backend="triton", precision=precision, across=across)
-    losses, total = weighted_terms(plan, (1.0, 1.0, 1.0), maps, indices)
+    losses, total = weighted_terms(plan, (1.0, 1.0, 1.0), maps, locations)
     assert abs(total - sum(loss.total for loss in losses)) <= 4 * U * abs(total)
-    return Found([term for loss in losses for term in loss[:3]], maps, scale)
+    return Evaluation([term for loss in losses for term in loss[:3]], maps, scale)
 
 
-def match_sets(indices: Sequence[Tensor], across: bool) -> list[reference.Matches]:
-    """By location there and back, by feature there and back; (B, m) each."""
-    halves = [half for views in indices if views.ndim == 3 for half in views.split(2)]
-    return [reference.Matches(*(half.mT if across else half).unbind()) for half in halves]
+def matches_of(plan: Plan, maps: Sequence[Tensor], locations: Sequence[Tensor]) -> list[reference.Matches]:
+    """The kernels' matches: by location from x to y and from y to x, then by feature; (B, m) each."""
+    outputs = operators.terms(plan._replace(save_for_backward=False), maps, locations)
+    sets = plan.match_sets(outputs[plan.outputs], maps[0].shape[0])
+    directions = [views for views_of_group in sets for views in views_of_group.split(2)]
+    return [reference.Matches(*(views.mT if plan.per_slot else views).unbind()) for views in directions]
 
 
-def of_reference(maps: Sequence[Tensor], indices: Sequence[Tensor], across: bool, dtype: torch.dtype) -> Found:
+def of_reference(
+    maps: Sequence[Tensor], sets: Sequence[reference.Matches], per_slot: bool, dtype: torch.dtype
+) -> Evaluation:
     maps = [z.detach().to(dtype).requires_grad_() for z in maps]
-    statistics = "slot" if across else "image"
+    statistics = "slot" if per_slot else "image"
     values = []
-    sets = match_sets(indices, across)
-    for there, back in (sets[:2], sets[2:]):
+    for x_to_y, y_to_x in (sets[:2], sets[2:]):
         both = (
-            reference.matched_terms(*maps, there, 1.0, 0.0, statistics),
-            reference.matched_terms(*reversed(maps), back, 1.0, 0.0, statistics),
+            reference.matched_terms(*maps, x_to_y, 1.0, 0.0, statistics),
+            reference.matched_terms(*reversed(maps), y_to_x, 1.0, 0.0, statistics),
         )
         values += [(s + t) / 2 for s, t in zip(*both, strict=True)]
-    return Found(values, maps)
+    return Evaluation(values, maps)
 
 
 class LocalFloors:
@@ -70,43 +65,45 @@ class LocalFloors:
     """
 
     def __init__(
-        self, maps: Sequence[Tensor], sets: Sequence[reference.Matches], across: bool, unit: float
+        self, maps: Sequence[Tensor], sets: Sequence[reference.Matches], per_slot: bool, unit: float
     ) -> None:
         self.value, self.gradient = 0.0, [0.0, 0.0]
-        for back, matches in enumerate(sets):
-            numbers = (back, 1 - back)
+        for direction, matches in enumerate(sets):
+            which = (direction, 1 - direction)  # map of the queries, map of the candidates
             rows = [
-                reference.gather_rows(maps[number].detach().double(), index)
-                for number, index in zip(numbers, matches, strict=True)
+                reference.gather_rows(maps[k].detach().double(), index)
+                for k, index in zip(which, matches, strict=True)
             ]
-            rows = [(z.transpose(0, 1) if across else z).requires_grad_() for z in rows]
+            rows = [(z.transpose(0, 1) if per_slot else z).requires_grad_() for z in rows]
             cov = reference.vicreg_terms(*rows).cov
             grads = torch.autograd.grad(cov, rows)
-            for number, index, z, grad in zip(numbers, matches, rows, grads, strict=True):
+            for k, index, z, grad in zip(which, matches, rows, grads, strict=True):
                 floors = Floors(z, unit, grad)
                 often = max(int(torch.bincount(image).max()) for image in index)
                 self.value += floors.value / 2
-                self.gradient[number] += floors.gradient / 2 * often**0.5
+                self.gradient[k] += floors.gradient / 2 * often**0.5
 
 
 def assert_parity(
     maps: Sequence[Tensor],
     locations: Sequence[Tensor],
     counts: Counts,
-    across: bool,
+    per_slot: bool,
     precision: str | None,
     unit: float,
     scale: float = 1.0,
     order: str = "distance",
 ) -> None:
     """error(fast) <= 2 * error(eager float32) + floors, for each term and its gradients."""
-    indices = operators.match(maps, locations, counts, order, across, "triton")
-    fast = of_kernels(maps, indices, counts, across, precision, scale)
-    eager = of_reference(maps, indices, across, SINGLE)
-    truth = of_reference(maps, indices, across, torch.float64)
-    sets = match_sets(indices, across)
+    plan = local_views(counts)._replace(
+        backend="triton", precision=precision, per_slot=per_slot, match_order=order
+    )
+    sets = matches_of(plan, maps, locations)
+    fast = of_kernels(plan, maps, locations, scale)
+    eager = of_reference(maps, sets, per_slot, SINGLE)
+    truth = of_reference(maps, sets, per_slot, torch.float64)
     for part, name in enumerate(PARTS):
-        floors = LocalFloors(maps, sets[2 * part : 2 * part + 2], across, unit)
+        floors = LocalFloors(maps, sets[2 * part : 2 * part + 2], per_slot, unit)
         for term, kind in enumerate(TERMS):
             k = 3 * part + term
             floor = {

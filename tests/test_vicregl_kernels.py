@@ -1,7 +1,7 @@
 """VICRegL's local loss on Triton kernels, in the interpreter: against the reference in float64.
 
-Judged at the matches that the kernels found, which test_matching.py judges: where two candidates are equally near up to
-rounding, either is right.
+The reference is evaluated at the kernels' own matches, which the matching tests check: where two candidates are equally near
+up to rounding, either is right.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from vicreg_fast.sides import uses_dual
 
 from .conftest import Launches
 from .data import TERMS, U
-from .local_parity import PARTS, assert_parity, maps_of
 from .parity import HALF, KINDS, SINGLE, assert_same_bits, covering_pairs
+from .vicregl_parity import PARTS, assert_parity, maps_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -38,13 +38,13 @@ AXES: dict[str, Sequence[Any]] = {
 def assert_case(
     patches: tuple[int, int], C: int, matches: Any, kind: str, layout: str, statistics: str
 ) -> None:
-    dtype, asked, unit = KINDS[kind]
+    dtype, requested, unit = KINDS[kind]
     given = matches if isinstance(matches, tuple) else (matches, matches)
     m1, m2 = (P if m is None else min(m, P) for m, P in zip(given, patches, strict=True))
     maps = maps_of(3, patches, C, layout, dtype)
     locations = [torch.rand(3, P, 2) for P in patches]
     scale = 2.0 ** ((3 * m1 * C).bit_length() - 4)  # gradients go with 1 / (B m C), and may be no float16
-    assert_parity(maps, locations, (m1, m2), statistics == "slot", asked, unit, scale)
+    assert_parity(maps, locations, (m1, m2), statistics == "slot", requested, unit, scale)
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -107,7 +107,7 @@ def test_the_first_row_is_far_from_the_others() -> None:
 
 
 @pytest.mark.parametrize("kind", ["float16", "medium"])
-def test_dual_of_rows_by_number_in_16_bits(kind: str) -> None:
+def test_dual_side_of_gathered_rows_in_16_bits(kind: str) -> None:
     dtype, precision, unit = KINDS[kind]
     assert uses_dual(5, 9, 96)
     maps = maps_of(9, (20, 20), 96, dtype=dtype)
@@ -116,11 +116,11 @@ def test_dual_of_rows_by_number_in_16_bits(kind: str) -> None:
 
 def test_gradients_of_both_kinds_of_matches_add_up_per_slot() -> None:
     loss, inputs = loss_and_inputs(num_matches=5, statistics="slot")
-    found = torch.autograd.grad(loss._local(*inputs[:2], *inputs[4:])[1], inputs[:2])
+    grads = torch.autograd.grad(loss(*inputs)["loss"], inputs[:2])
     parts = [loss.local_loss(*inputs[:2], *inputs[4:])[f"{part}/loss"] for part in PARTS]
-    alone = [torch.autograd.grad(part, inputs[:2], retain_graph=True) for part in parts]
-    for f, a, b in zip(found, *alone, strict=True):
-        assert (f - a - b).norm() <= 4 * U * f.norm()
+    alone = [torch.autograd.grad(part / 2, inputs[:2], retain_graph=True) for part in parts]
+    for g, a, b in zip(grads, *alone, strict=True):
+        assert (g - a - b).norm() <= 4 * U * g.norm()
 
 
 def test_equal_patches_and_constant_channels() -> None:
@@ -134,27 +134,27 @@ def test_equal_patches_and_constant_channels() -> None:
 def test_locations_of_other_types(dtype: torch.dtype) -> None:
     maps = [z.requires_grad_() for z in maps_of(3, (20, 70), 12)]
     locations = [(1000 * torch.rand(3, P, 2)).to(dtype) for P in (20, 70)]
-    found, truth = (
+    actual, truth = (
         VICRegLLoss(5, 0.0, backend=backend)(*maps, None, None, *locations)
         for backend in ("triton", "reference")
     )
     for name, value in truth.items():
-        assert abs(found[name] - value) <= 16 * U * value.abs(), name
+        assert abs(actual[name] - value) <= 16 * U * value.abs(), name
 
 
 def test_maps_of_different_types() -> None:
     x, y = maps_of(3, (20, 30), 40)
-    found, truth = (
+    actual, truth = (
         VICRegLLoss(5, 0.0, backend=backend)(
             x, y.half(), None, None, torch.rand(3, 20, 2), torch.rand(3, 30, 2)
         )
         for backend in ("triton", "reference")
     )
-    assert found.keys() == truth.keys()
-    assert all(value.dtype == SINGLE for value in found.values())
+    assert actual.keys() == truth.keys()
+    assert all(value.dtype == SINGLE for value in actual.values())
 
 
-# -- what is not a number ---------------------------------------------------------------------------------------
+# -- NaN and infinity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -171,9 +171,9 @@ def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
         assert not losses["location/loss"].isfinite()
         return list(torch.autograd.grad(losses["location/inv-loss"], maps))
 
-    for found, truth in zip(gradients("triton"), gradients("reference"), strict=True):
-        assert torch.equal(found.isfinite(), truth.isfinite())
-        assert torch.allclose(found, truth, rtol=16 * U, atol=0.0, equal_nan=True)
+    for actual, truth in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert torch.equal(actual.isfinite(), truth.isfinite())
+        assert torch.allclose(actual, truth, rtol=16 * U, atol=0.0, equal_nan=True)
         assert not truth[0, 3].isfinite().all()
 
 
@@ -198,28 +198,28 @@ def test_two_runs_agree_bit_for_bit() -> None:
 
 
 LAUNCHES = {
-    "small": ({"num_matches": 9}, ["match_forward", "local_forward"]),
-    "a pair of numbers": ({"num_matches": (9, 4)}, ["match_forward", "local_forward"]),
-    "large": ({"num_matches": 20, "P1": 70, "P2": 65}, ["match_forward", "select_forward", "local_forward"]),
+    "small": ({"num_matches": 9}, ["match_forward", "vicregl_forward"]),
+    "a pair of numbers": ({"num_matches": (9, 4)}, ["match_forward", "vicregl_forward"]),
+    "large": ({"num_matches": 20, "P1": 70, "P2": 65}, ["match_forward", "select_forward", "vicregl_forward"]),
     "large, as patches lie": (
         {"num_matches": 20, "P1": 70, "P2": 65, "match_order": "patch"},
-        ["match_forward", "select_forward", "local_forward"],
+        ["match_forward", "select_forward", "vicregl_forward"],
     ),
-    "few channels": ({"num_matches": 9, "C": 4}, ["match_forward", "local_forward"]),
+    "few channels": ({"num_matches": 9, "C": 4}, ["match_forward", "vicregl_forward"]),
 }
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_launches(case: str, launches: Launches) -> None:
-    """All there is between the inputs and local_loss's dictionary."""
+    """All launches of a step, forward and backward."""
     options, forward = LAUNCHES[case]
-    loss, (x, y, _, _, *locations) = loss_and_inputs(**options)
-    losses, total = loss._local(x, y, *locations)
-    assert [name for name, _, _ in launches] == forward
-    assert len({value.data_ptr() for value in [*losses.values(), total]}) == 9
-    total.backward()
-    assert [name for name, _, _ in launches[len(forward) :]] == ["local_gradient"]
-    assert [keywords["enable_fp_fusion"] for _, keywords, _ in launches] == [False] * len(launches)
+    loss, inputs = loss_and_inputs(**options)
+    losses = loss(*inputs)
+    assert [launch.name for launch in launches] == forward
+    assert len({value.data_ptr() for value in losses.values()}) == 9
+    losses["loss"].backward()
+    assert [launch.name for launch in launches[len(forward) :]] == ["vicregl_gradient"]
+    assert [launch.arguments["enable_fp_fusion"] for launch in launches] == [False] * len(launches)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +238,10 @@ def test_matched_rows_are_not_copied(statistics: str, options: dict[str, Any], l
     B, m, C = inputs[0].shape[0], options["num_matches"], inputs[0].shape[2]
     P, N = (B, m) if statistics == "image" else (m, B)
 
-    def of_rows(found: Launches) -> list[tuple[int, ...]]:
+    def of_rows(launched: Launches) -> list[tuple[int, ...]]:
         """Shapes of the floating tensors, inputs apart, that hold N rows of C features."""
         given = {z.data_ptr() for z in inputs if z is not None}
-        every = [t for _, _, args in found for t in args if isinstance(t, Tensor) and t.data_ptr() not in given]
+        every = [t for launch in launched for t in launch.tensors if t.data_ptr() not in given]
         return [tuple(t.shape) for t in every if t.is_floating_point() and t.shape[-2:] == (N, C)]
 
     assert not of_rows(launches)
@@ -251,7 +251,7 @@ def test_matched_rows_are_not_copied(statistics: str, options: dict[str, Any], l
     assert set(of_rows(launches[before:])) == ({(2, P, N, C)} if needs_buffer else set())
 
 
-def test_the_whole_loss_is_weighed_once() -> None:
+def test_the_loss_is_the_mean_of_both_kinds() -> None:
     loss, inputs = loss_and_inputs(num_matches=5)
     losses = loss(*inputs)
     expected = (losses["location/loss"] + losses["feature/loss"]) / 2
@@ -262,9 +262,12 @@ def test_without_gradients_no_matrix_is_written(launches: Launches) -> None:
     loss, inputs = loss_and_inputs(num_matches=5)
     kept = loss(*inputs)
     with torch.no_grad():
-        found = loss(*inputs)
-    assert_same_bits(list(found.values()), [value.detach() for value in kept.values()])
-    assert [keywords["KEEP"] for _, keywords, _ in launches if "KEEP" in keywords] == [True, False]
+        losses = loss(*inputs)
+    assert_same_bits(list(losses.values()), [value.detach() for value in kept.values()])
+    stores = [
+        launch.arguments["gram_ptr"] is not None for launch in launches if launch.name == "vicregl_forward"
+    ]
+    assert stores == [True, False]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -279,18 +282,18 @@ def test_one_map_without_gradient(which: int) -> None:
 @pytest.mark.parametrize("name", [f"{part}/{term}-loss" for part in PARTS for term in TERMS])
 def test_each_term_is_differentiable_alone(name: str) -> None:
     loss, inputs = loss_and_inputs(num_matches=5)
-    found = torch.autograd.grad(loss(*inputs)[name], inputs[:2])
+    actual = torch.autograd.grad(loss(*inputs)[name], inputs[:2])
     truth_inputs = [z if z is None else z.detach().double() for z in inputs]
     maps = [z.requires_grad_() for z in truth_inputs[:2]]
     truth = torch.autograd.grad(VICRegLLoss(5, 0.0, backend="reference")(*truth_inputs)[name], maps)
-    for f, t in zip(found, truth, strict=True):
+    for f, t in zip(actual, truth, strict=True):
         assert (f - t).norm() <= 16 * U * t.norm()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_a_loss_is_not_spoilt_by_another() -> None:
-    """What nobody asked for is not computed: infinity times zero would be no number."""
+def test_an_infinite_loss_leaves_the_others_gradients_finite() -> None:
+    """Terms without an upstream gradient are not differentiated: infinity times zero would be NaN."""
     loss, inputs = loss_and_inputs(num_matches=5, P1=5, P2=5)
     with torch.no_grad():
         inputs[0][:, 0] *= 1e25  # their squares, and so their covariances, are no float32
@@ -320,9 +323,9 @@ def test_second_derivatives() -> None:
 def test_compiles_into_one_graph(dtype: torch.dtype, matches: Any, statistics: str) -> None:
     loss, inputs = loss_and_inputs(num_matches=matches, statistics=statistics, dtype=dtype)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*inputs)["loss"], inputs[:2])
+    actual = torch.autograd.grad(compiled(*inputs)["loss"], inputs[:2])
     expected = torch.autograd.grad(loss(*inputs)["loss"], inputs[:2])
-    for f, e in zip(found, expected, strict=True):
+    for f, e in zip(actual, expected, strict=True):
         # The same kernels; terms are weighted after them, not in them.
         unit = 8 * U if dtype == SINGLE else torch.finfo(HALF).eps
         assert (f.double() - e.double()).norm() <= unit * e.double().norm()

@@ -1,8 +1,8 @@
-"""The Triton kernels in Triton's interpreter: values and gradients against the reference in float64.
+"""VICReg's Triton kernels in Triton's interpreter: values and gradients against the reference in float64.
 
-bfloat16 inputs are left out by name: the interpreter computes them wrong.  The rounding to bfloat16 is there, as float32
-numbers ("medium").  What the interpreter cannot show (races, minimal sizes of products, tensor cores) the compilation
-matrix looks at, see test_resources.py.
+bfloat16 inputs are not tested here, because the interpreter computes them wrong; rounding to bfloat16 is, held as float32
+("medium").  What the interpreter cannot show (races, minimal sizes of matmuls, tensor cores) is checked by compilation, see
+test_resources.py.
 """
 
 import itertools
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import VICRegLoss, functional, precision, reference
-from vicreg_fast.autograd import weighted_terms
-from vicreg_fast.plan import LOCAL_VIEWS
+from vicreg_fast.plan import LOCAL_VIEWS, Matches
 from vicreg_fast.sides import uses_dual
 
 from .conftest import Launches
@@ -52,7 +51,7 @@ def evaluate(x: Tensor, y: Tensor, backend: str, **options: Any) -> list[Tensor]
 # -- parity -----------------------------------------------------------------------------------------------------
 
 AXES: dict[str, Sequence[Any]] = {
-    # Both sides, several tiles and several parts of their inner dimension; of 70 x 400 some tiles are split.
+    # Both sides, several tiles and several splits of their inner dimension; at 70 x 400 some tiles are split.
     "size": [(2, 65), (33, 140), (20, 300), (70, 400), (3, 31), (130, 33), (300, 20), (150, 70)],
     "kind": ["highest", "high", "medium", "float16", "float16-highest"],
     "layout": list(LAYOUTS),
@@ -62,12 +61,12 @@ AXES: dict[str, Sequence[Any]] = {
 
 
 def assert_case(size: tuple[int, int], kind: str, layout: str, problems: tuple[int, ...], eps: float) -> None:
-    dtype, asked, unit = KINDS[kind]
+    dtype, requested, unit = KINDS[kind]
     x = 0.7 * LAYOUTS[layout](*problems, *size)
     y = x.detach() + 0.1 * torch.randn(*problems, *size)
     # Gradients go with 1 / (N D), and may be no float16.
     scale = 2.0 ** (math.prod(size).bit_length() - 4)
-    assert_parity(x.to(dtype), y.to(dtype), asked, unit, eps, scale)
+    assert_parity(x.to(dtype), y.to(dtype), requested, unit, eps, scale)
 
 
 @pytest.mark.parametrize(
@@ -90,27 +89,27 @@ def test_few_samples_or_features(shape: tuple[int, ...]) -> None:
     assert_parity(*pair(*shape), "highest", 0.0)
 
 
-# Gradients of more than one group of tiles; energies of more blocks than are read at a time.
+# Gradients of more than one group of tiles; squared row norms of more column blocks than are read at a time.
 @both_sides(dual=[(2, 40, 1200)], primal=[(600, 5)])
 def test_more_than_one_round(shape: tuple[int, ...]) -> None:
     assert_parity(*pair(*shape), "highest", 0.0)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
-def test_more_sums_than_are_added_at_a_time(columns: int) -> None:
-    from vicreg_fast.kernels.finish import _sums_of
+def test_more_partial_sums_than_are_added_at_a_time(columns: int) -> None:
+    from vicreg_fast.kernels.epilogue import _sum_partials as sum_partials
 
     @triton.jit
-    def kernel(out_ptr, sums_ptr, count, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-        a, b, c = sums(sums_ptr, count, COLUMNS, 1024)
-        tl.store(out_ptr, a)
-        tl.store(out_ptr + 1, b)
-        tl.store(out_ptr + 2, c)
+    def kernel(out_ptr, partials_ptr, count, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second, third = sum_partials(partials_ptr, count, COLUMNS, 1024)
+        tl.store(out_ptr, first)
+        tl.store(out_ptr + 1, second)
+        tl.store(out_ptr + 2, third)
 
-    kernel.fn.__globals__.update(sums=_sums_of, tl=tl)
-    sums, out = torch.randn(2500, columns, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
-    kernel[(1,)](out, sums, len(sums), columns)
-    torch.testing.assert_close(out[:columns], sums.sum(0))
+    kernel.fn.__globals__.update(sum_partials=sum_partials, tl=tl)
+    partials, out = torch.randn(2500, columns, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
+    kernel[(1,)](out, partials, len(partials), columns)
+    torch.testing.assert_close(out[:columns], partials.sum(0))
     assert torch.equal(out[columns:], torch.zeros(3 - columns, dtype=torch.float64))
 
 
@@ -121,11 +120,11 @@ def test_hard_data(data: Callable[[int, int], Tensor], shape: tuple[int, int]) -
 
 
 @dual_and_primal
-def test_a_tf32_product_is_that_of_rounded_operands(shape: tuple[int, int]) -> None:
+def test_a_tf32_matmul_multiplies_rounded_operands(shape: tuple[int, int]) -> None:
     N, D = shape
     z = (normal(N, D) + 3).float().requires_grad_()
     cov = functional.variance_covariance(z, backend="triton", precision="high")[1]
-    (found,) = torch.autograd.grad(cov, z)
+    (grad,) = torch.autograd.grad(cov, z)
     c = z.detach().double() - z.detach().double().mean(0)
     o = precision.round_operand(c.float(), "tf32").double()
     # On the primal side the operand is shifted by a provisional centre before it is rounded: to TF32's unit.
@@ -135,14 +134,14 @@ def test_a_tf32_product_is_that_of_rounded_operands(shape: tuple[int, int]) -> N
     assert abs(float(cov.detach()) - float(C0.square().sum()) / D) <= 4 * unit * float(C.square().sum()) / D
     # The backward's other operand, M, is rounded too.
     scale = 4 / (D * (N - 1))
-    assert float((found - scale * o @ C0).norm()) <= TF32 * 2 * scale * float((o @ C).norm())
+    assert float((grad - scale * o @ C0).norm()) <= TF32 * 2 * scale * float((o @ C).norm())
 
 
-@pytest.mark.parametrize("asked", [None, "highest"])
+@pytest.mark.parametrize("requested", [None, "highest"])
 @both_sides(dual=[(40, 300)], primal=[(300, 40), (300, 70)])
-def test_float16_beyond_its_range(shape: tuple[int, int], asked: str | None) -> None:
+def test_float16_beyond_its_range(shape: tuple[int, int], requested: str | None) -> None:
     x, y = (200 * z.detach() for z in pair(*shape, dtype=HALF))  # N |cov| is 1e7, float16 ends at 65504
-    assert_parity(x, y, asked, 0.0 if asked else TF32)
+    assert_parity(x, y, requested, 0.0 if requested else TF32)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of rows that are not stored
@@ -171,20 +170,20 @@ def test_one_input_without_gradient(shape: tuple[int, int], which: int) -> None:
     inputs = [normal(*shape).float(), normal(*shape).float()]
     leaf = inputs[which].requires_grad_()
     losses = VICRegLoss(backend="triton", precision="highest")(*inputs)
-    (found,) = torch.autograd.grad(losses["loss"], leaf)
+    (grad,) = torch.autograd.grad(losses["loss"], leaf)
     exact = [z.detach().double() for z in inputs]
     exact[which].requires_grad_()
     (truth,) = torch.autograd.grad(VICRegLoss(backend="reference")(*exact)["loss"], exact[which])
-    assert (found - truth).norm() <= ROUNDINGS * truth.norm()
+    assert (grad - truth).norm() <= ROUNDINGS * truth.norm()
 
 
 @both_sides(dual=[(20, 90), (20, 320)], primal=[(90, 20), (90, 70)])
 def test_one_view(shape: tuple[int, int]) -> None:
     z = normal(*shape).float().requires_grad_()
     exact = z.detach().double().requires_grad_()
-    found = functional.variance_covariance(z, backend="triton", precision="highest")
+    actual = functional.variance_covariance(z, backend="triton", precision="highest")
     expected = reference.variance(exact), reference.covariance(exact)
-    for f, e in zip(found, expected, strict=True):
+    for f, e in zip(actual, expected, strict=True):
         assert abs(f.double() - e) <= ROUNDINGS * e + 8 * U
         (g,), (t,) = (
             torch.autograd.grad(f, z, retain_graph=True),
@@ -223,29 +222,62 @@ def test_few_samples_very_near_to_each_other(shape: tuple[int, int]) -> None:
     """Their distances have squares that are no float32; the gradient of the variance is of size 1 all the same."""
     z = (1e-21 * normal(*shape)).float().requires_grad_()
     exact = z.detach().double().requires_grad_()
-    (found,) = torch.autograd.grad(functional.variance_covariance(z, backend="triton")[0], z)
+    (grad,) = torch.autograd.grad(functional.variance_covariance(z, backend="triton")[0], z)
     (truth,) = torch.autograd.grad(reference.variance(exact), exact)
-    assert (found - truth).norm() <= ROUNDINGS * truth.norm()
+    assert (grad - truth).norm() <= ROUNDINGS * truth.norm()
 
 
-# -- rows by number ---------------------------------------------------------------------------------------------
+# -- gathered rows ----------------------------------------------------------------------------------------------
 
 
-def of_matches(sources: Sequence[Tensor], indices: Sequence[Tensor], across: bool) -> Tensor:
+def terms_of_matches(sources: Sequence[Tensor], index: Tensor, per_slot: bool) -> Tensor:
     """The terms of two pairs whose views are matches of two maps, by gathering them: (3,)."""
     views = [
-        reference.gather_rows(sources[v], i.t() if across else i)
-        for v, i in zip((0, 1, 1, 0), indices, strict=True)
+        reference.gather_rows(sources[v], i.t() if per_slot else i)
+        for v, i in zip((0, 1, 1, 0), index, strict=True)
     ]
-    views = [view.transpose(0, 1) for view in views] if across else views
-    there, back = (torch.stack(reference.vicreg_terms(*views[k : k + 2])) for k in (0, 2))
-    return (there + back) / 2
+    views = [view.transpose(0, 1) for view in views] if per_slot else views
+    x_to_y, y_to_x = (torch.stack(reference.vicreg_terms(*views[k : k + 2])) for k in (0, 2))
+    return (x_to_y + y_to_x) / 2
+
+
+Evaluation = tuple[Tensor, list[list[Tensor]]]  # three terms; for each the gradients of both sources
+
+
+def evaluate_by_autograd(
+    function: Callable[[list[Tensor]], Tensor], maps: Sequence[Tensor], dtype: torch.dtype
+) -> Evaluation:
+    sources = [z.to(dtype).requires_grad_() for z in maps]
+    terms = function(sources)
+    grads = [torch.autograd.grad(term, sources, retain_graph=True) for term in terms]
+    return terms.detach().double(), [[g.double() for g in both] for both in grads]
+
+
+def evaluate_kernels(maps: Sequence[Tensor], index: Tensor, per_slot: bool) -> Evaluation:
+    """The same by the Triton backend, for one loss whose matches are given."""
+    from vicreg_fast.backends import triton_backend
+
+    m = index.shape[1] if per_slot else index.shape[2]
+    plan = LOCAL_VIEWS._replace(
+        view_source=LOCAL_VIEWS.view_source[:4], group_sizes=(4,), per_slot=per_slot, match_counts=(m, m),
+        backend="triton", precision="highest",
+    )  # fmt: skip
+    flat = index.flatten()
+    outputs = triton_backend.terms(plan, maps, Matches(flat))
+    saved, one = outputs[plan.outputs :], torch.ones(())
+    grads = [
+        triton_backend.gradient(
+            plan, maps, flat, saved, [one if j == k else None for j in range(3)], [True, True]
+        )
+        for k in range(3)
+    ]
+    return torch.stack(outputs[:3]).double(), [[g.double() for g in both] for both in grads]
 
 
 @pytest.mark.parametrize("layout", ["channels last", "channels first", "sliced"])
-# Images, patches of each map, matches and channels: dual and primal, whole and split.
+# Images, patches of each map, matches and channels: dual and primal, full tiles and split ones.
 @pytest.mark.parametrize(
-    ("across", "size"),
+    ("per_slot", "size"),
     [
         (False, (6, 9, 7, 5, 40)),
         (False, (6, 9, 7, 5, 3)),
@@ -257,38 +289,25 @@ def of_matches(sources: Sequence[Tensor], indices: Sequence[Tensor], across: boo
     ],
     ids=str,
 )
-def test_rows_by_number(across: bool, size: tuple[int, ...], layout: str) -> None:
+def test_gathered_rows(per_slot: bool, size: tuple[int, ...], layout: str) -> None:
     B, L1, L2, m, C = size
     maps = [0.7 * torch.randn(B, L, C) + 0.3 for L in (L1, L2)]
     if layout == "channels first":
         maps = [z.mT.contiguous().mT for z in maps]
     elif layout == "sliced":
         maps = [torch.randn(B, 2 * L, C + 5)[:, ::2, 2 : C + 2] for L in (L1, L2)]
-    # A query once, a candidate any number of times.
-    chosen = [torch.stack([torch.randperm(L)[:m] for _ in range(B)]) for L in (L1, L2)]
-    nearest = [torch.randint(L, (B, m)) for L in (L2, L1)]
-    indices = [chosen[0], nearest[0], chosen[1], nearest[1]]
-    indices = [index.t() for index in indices] if across else indices
-    group = [torch.stack(indices)]
+    # A query is matched once, a candidate any number of times.
+    queries = [torch.stack([torch.randperm(L)[:m] for _ in range(B)]) for L in (L1, L2)]
+    candidates = [torch.randint(L, (B, m)) for L in (L2, L1)]
+    views = [queries[0], candidates[0], queries[1], candidates[1]]
+    index = torch.stack([view.t() for view in views] if per_slot else views)
 
-    def evaluate(
-        function: Callable[..., Sequence[Tensor]], dtype: torch.dtype
-    ) -> tuple[Tensor, list[list[Tensor]]]:
-        sources = [z.to(dtype).requires_grad_() for z in maps]
-        values = list(function(sources))[:3]
-        grads = [torch.autograd.grad(v, sources, retain_graph=True) for v in values]
-        return torch.stack(values).detach().double(), [[g.double() for g in both] for both in grads]
+    def by_definition(sources: list[Tensor]) -> Tensor:
+        return terms_of_matches(sources, index, per_slot)
 
-    plan = LOCAL_VIEWS._replace(
-        view_source=LOCAL_VIEWS.view_source[:4],
-        group_sizes=(4,),
-        across=across,
-        backend="triton",
-        precision="highest",
-    )
-    truth, truth_grads = evaluate(lambda z: of_matches(z, indices, across), torch.float64)
-    eager, eager_grads = evaluate(lambda z: of_matches(z, indices, across), torch.float32)
-    fast, fast_grads = evaluate(lambda z: weighted_terms(plan, (1.0, 1.0, 1.0), z, group)[0][0], torch.float32)
+    truth, truth_grads = evaluate_by_autograd(by_definition, maps, torch.float64)
+    eager, eager_grads = evaluate_by_autograd(by_definition, maps, torch.float32)
+    fast, fast_grads = evaluate_kernels(maps, index, per_slot)
     assert ((fast - truth).abs() <= 2 * (eager - truth).abs() + ROUNDINGS * truth + 8 * U).all()
     for fast_pair, eager_pair, truth_pair in zip(fast_grads, eager_grads, truth_grads, strict=True):
         for f, e, t in zip(fast_pair, eager_pair, truth_pair, strict=True):
@@ -296,31 +315,25 @@ def test_rows_by_number(across: bool, size: tuple[int, ...], layout: str) -> Non
 
 
 def test_a_candidate_chosen_often_gets_the_same_gradient_each_time() -> None:
-    maps = [torch.randn(3, 12, 40).requires_grad_() for _ in range(2)]
-    indices = [torch.zeros(4, 3, 8, dtype=torch.int64)]
-    plan = LOCAL_VIEWS._replace(view_source=LOCAL_VIEWS.view_source[:4], group_sizes=(4,), backend="triton")
-
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(weighted_terms(plan, (1.0, 1.0, 1.0), maps, indices)[1], maps))
-
-    assert_same_bits(gradients(), gradients())
+    maps = [torch.randn(3, 12, 40) for _ in range(2)]
+    index = torch.zeros(4, 3, 8, dtype=torch.int64)
+    runs = [evaluate_kernels(maps, index, False)[1] for _ in range(2)]
+    assert_same_bits(*([g for both in grads for g in both] for grads in runs))
 
 
-def offsets(p: int, n: int, strides: tuple[int, int, int]) -> int:
-    """What the kernels' addressing makes of a row."""
+def offset_of(p: int, n: int, strides: tuple[int, int, int]) -> int:
+    """The offset that the kernels compute for a row."""
 
-    @triton.jit(do_not_specialize=["p", "n", "stride_p", "stride_n", "stride_i"])
-    def kernel(out_ptr, index_ptr, p, n, stride_p, stride_n, stride_i):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["p", "n", "source"])
+    def kernel(out_ptr, source, p, n):  # type: ignore[no-untyped-def]
         rows = n + tl.arange(0, 1)
-        tl.store(
-            out_ptr + tl.arange(0, 1), row_offsets(p, rows, 0, index_ptr, stride_p, stride_n, stride_i, False)
-        )
+        tl.store(out_ptr + tl.arange(0, 1), row_offsets(source, None, p, p, rows, 1, 1))
 
-    from vicreg_fast.kernels.rows import row_offsets
+    from vicreg_fast.kernels.views import Source, row_offsets
 
     kernel.fn.__globals__.update(row_offsets=row_offsets)
     out = torch.zeros(1, dtype=torch.int64)
-    kernel[(1,)](out, out, p, n, *strides)
+    kernel[(1,)](out, Source(out, *strides, 1), p, n)
     return int(out)
 
 
@@ -330,21 +343,21 @@ def offsets(p: int, n: int, strides: tuple[int, int, int]) -> int:
     ids=["rows", "problems", "both"],
 )
 def test_offsets_pass_32_bits(p: int, n: int, strides: tuple[int, int, int]) -> None:
-    assert offsets(p, n, strides) == p * strides[0] + n * strides[1] > 2**31
+    assert offset_of(p, n, strides) == p * strides[0] + n * strides[1] > 2**31
 
 
 @pytest.mark.parametrize("row", [0, 1, 2, 4095, 4096, 5792, 11585, 30000])
 def test_a_tile_finds_its_row_and_column(row: int) -> None:
     """float32 has no root exact enough beyond 4096 rows of tiles."""
-    from vicreg_fast.kernels.rows import triangle
+    from vicreg_fast.kernels.numerics import tril_tile
 
     @triton.jit
     def kernel(out_ptr, t):  # type: ignore[no-untyped-def]
-        i, j = triangle(t)
+        i, j = tril_tile(t)
         tl.store(out_ptr, i)
         tl.store(out_ptr + 1, j)
 
-    kernel.fn.__globals__.update(triangle=triangle)
+    kernel.fn.__globals__.update(tril_tile=tril_tile)
     first = row * (row + 1) // 2
     for column in {0, row // 2, row}:
         out = torch.zeros(2, dtype=torch.int32)
@@ -352,7 +365,7 @@ def test_a_tile_finds_its_row_and_column(row: int) -> None:
         assert out.tolist() == [row, column]
 
 
-# -- how they run -----------------------------------------------------------------------------------------------
+# -- launches, determinism, composition -----------------------------------------------------------------------------------------------
 
 
 @both_sides(dual=[(20, 320)], primal=[(300, 20), (150, 100)])
@@ -365,17 +378,17 @@ def test_two_runs_agree_bit_for_bit(shape: tuple[int, int]) -> None:
 def test_a_problem_does_not_depend_on_the_others(shape: tuple[int, int, int]) -> None:
     x, y = torch.randn(shape), torch.randn(shape)
     other = torch.cat([x[:1], 1e3 * torch.randn(shape)[1:]])
-    found, changed = (evaluate(z, y, "triton")[3] for z in (x, other))
-    assert torch.equal(found[0], changed[0])
-    assert not torch.equal(found[1], changed[1])
+    grads, changed = (evaluate(z, y, "triton")[3] for z in (x, other))
+    assert torch.equal(grads[0], changed[0])
+    assert not torch.equal(grads[1], changed[1])
 
 
 FORWARD = {
-    "dual, whole": ((20, 90), ["moments_forward", "gram_forward"]),
-    "dual, split": ((20, 320), ["moments_forward", "gram_forward", "combine_forward"]),
-    "dual, some tiles split": ((70, 400), ["moments_forward", "gram_forward", "combine_forward"]),
-    "primal, few features": ((90, 20), ["narrow_second_moment_forward", "combine_forward"]),
-    "primal": ((150, 100), ["second_moment_forward", "combine_forward"]),
+    "dual, full tiles": ((20, 90), ["moments_forward", "gram_forward"]),
+    "dual, split tiles": ((20, 320), ["moments_forward", "gram_forward", "splitk_reduction"]),
+    "dual, some tiles split": ((70, 400), ["moments_forward", "gram_forward", "splitk_reduction"]),
+    "primal, few features": ((90, 20), ["narrow_second_moment_forward", "splitk_reduction"]),
+    "primal": ((150, 100), ["second_moment_forward", "splitk_reduction"]),
 }
 
 
@@ -384,18 +397,17 @@ def test_launches(case: str, launches: Launches) -> None:
     shape, forward = FORWARD[case]
     x, y = normal(*shape).float().requires_grad_(), normal(*shape).float().requires_grad_()
     losses = VICRegLoss(backend="triton")(x, y)
-    assert [name for name, _, _ in launches] == forward
+    assert [launch.name for launch in launches] == forward
     assert len({value.data_ptr() for value in losses.values()}) == 4
     losses["loss"].backward()
-    assert [name for name, _, _ in launches[len(forward) :]] == ["gradient"]
+    assert [launch.name for launch in launches[len(forward) :]] == ["gradient"]
 
 
 def test_some_tiles_of_the_case_that_says_so_are_split(launches: Launches) -> None:
     functional.vicreg_terms(normal(70, 400).float(), normal(70, 400).float(), backend="triton")
-    kernel = next(args for name, _, args in launches if name == "gram_forward")
-    tiles, whole, parts = kernel[14:17]
-    assert 0 < whole < 2 * tiles
-    assert parts > 1
+    (gram,) = (launch.arguments for launch in launches if launch.name == "gram_forward")
+    assert 0 < gram["full_tiles"] < 2 * gram["tiles"]
+    assert gram["splits"] > 1
 
 
 @both_sides(dual=[(20, 90), (20, 320)], primal=[(90, 20), (90, 70)])
@@ -403,24 +415,22 @@ def test_without_gradients_no_matrix_is_written(shape: tuple[int, int], launches
     x, y = normal(*shape).float(), normal(*shape).float()
     kept = functional.vicreg_terms(x.clone().requires_grad_(), y, backend="triton")
     before = len(launches)
-    found = functional.vicreg_terms(x, y, backend="triton")
-    assert_same_bits(list(found), [value.detach() for value in kept])
+    terms = functional.vicreg_terms(x, y, backend="triton")
+    assert_same_bits(list(terms), [value.detach() for value in kept])
     side = min(shape) if uses_dual(1, *shape) else shape[1]
-    matrices = [
-        [a for a in args if isinstance(a, Tensor) and a.shape == (2, side, side)] for _, _, args in launches
-    ]
+    matrices = [[t for t in launch.tensors if t.shape == (2, side, side)] for launch in launches]
     assert any(matrices[:before])
     assert not any(matrices[before:])
-    keep = [keywords["KEEP"] for _, keywords, _ in launches if "KEEP" in keywords]
-    assert keep == [True] * (len(keep) // 2) + [False] * (len(keep) // 2)
+    stores = [launch.arguments["M_ptr"] is not None for launch in launches if "M_ptr" in launch.arguments]
+    assert stores == [True] * (len(stores) // 2) + [False] * (len(stores) // 2)
     assert before == len(launches) / 2
 
 
-def test_multiply_add_is_pinned(launches: Launches) -> None:
+def test_fma_fusion_is_off(launches: Launches) -> None:
     for shape in ((20, 320), (90, 20), (90, 70)):
         x, y = normal(*shape).float().requires_grad_(), normal(*shape).float()
         VICRegLoss(backend="triton")(x, y)["loss"].backward()
-    assert [keywords["enable_fp_fusion"] for _, keywords, _ in launches] == [False] * len(launches)
+    assert [launch.arguments["enable_fp_fusion"] for launch in launches] == [False] * len(launches)
 
 
 def test_second_derivatives() -> None:
@@ -442,10 +452,10 @@ def test_compiles_into_one_graph(shape: tuple[int, int], dtype: torch.dtype) -> 
     x, y = pair(*shape, dtype=dtype)
     loss = VICRegLoss(backend="triton")
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    (found,) = torch.autograd.grad(compiled(x, y)["loss"], x)
+    (grad,) = torch.autograd.grad(compiled(x, y)["loss"], x)
     (expected,) = torch.autograd.grad(loss(x, y)["loss"], x)
     # The same kernels; terms are weighted after them, not in them.
-    assert (found.double() - expected.double()).norm() <= (
+    assert (grad.double() - expected.double()).norm() <= (
         8 * U if dtype == SINGLE else TF32
     ) * expected.double().norm()
 
@@ -460,9 +470,9 @@ def test_compiled_code_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.Monkey
 
 def test_the_variance_alone_is_left_to_aten(launches: Launches) -> None:
     z = torch.randn(8, 4)
-    found, _ = functional.one_view_terms(z, functional.Options(backend="triton"), covariance=False)
+    variance, _ = functional.one_view_terms(z, functional.Options(backend="triton"), covariance=False)
     assert not launches
-    assert abs(found - reference.variance(z.double())) <= 8 * U
+    assert abs(variance - reference.variance(z.double())) <= 8 * U
 
 
 def test_refuses_float64() -> None:

@@ -1,0 +1,71 @@
+"""Arithmetic that kernels share: number formats of operands, NaN-propagating relu, powers of two, triangular tiles.
+
+An operand is what a matmul multiplies.  FORMAT names its number format: "fp32", "tf32", "bf16", "fp16", or "bf16_bits": bf16
+rounded by integer arithmetic and kept as float32, for the interpreter, whose own conversions truncate.
+
+Letters and buffers: docs/notation.md.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_to_format(c, FORMAT: tl.constexpr):
+    """float32 rounded to the nearest value of the format, as float32; NaN stays NaN.
+
+    TF32: half of the last kept bit is added to the magnitude, and the 13 dropped bits are cleared.  On the bits of a GPU's
+    NaN, 0x7fffffff, that would give -0.  float16: c / 2 is rounded, which float16 holds for any centred float16 input.
+    """
+    if FORMAT == "tf32":
+        bits = c.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x1000) & 0xFFFFE000
+        return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
+    if FORMAT == "bf16":
+        return c.to(tl.bfloat16).to(tl.float32)
+    if FORMAT == "bf16_bits":
+        bits = c.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(tl.abs(c) < float("inf"), bits.to(tl.float32, bitcast=True), c)
+    if FORMAT == "fp16":
+        return (c * 0.5).to(tl.float16).to(tl.float32) * 2.0
+    return c
+
+
+@triton.jit
+def to_storage(operand, FORMAT: tl.constexpr):
+    """What is stored and multiplied for a rounded operand: float16 holds half of it, see round_to_format()."""
+    return operand * 0.5 if FORMAT == "fp16" else operand
+
+
+@triton.jit
+def round_matrix(M, FORMAT: tl.constexpr):
+    """M rounded for the backward matmul.  float16 lacks the range for it; TF32 has float16's mantissa."""
+    return round_to_format(M, "tf32" if FORMAT == "fp16" else FORMAT)
+
+
+@triton.jit
+def relu_propagating_nan(t):
+    """relu that keeps NaN; tl.maximum(NaN, 0) on a GPU is 0."""
+    return tl.where(t < 0.0, 0.0, t)
+
+
+@triton.jit
+def exponent_scale(a):
+    """(s, 1 / s): the power of two at or below a > 0, from its exponent; 1 if a is zero, subnormal or infinite."""
+    bits = a.to(tl.uint32, bitcast=True) & 0x7F800000
+    bits = tl.where((bits > 0) & (bits < 0x7F800000), bits, 0x3F800000)
+    bits = tl.minimum(bits, 0x7E800000)  # 2^126: the inverse of 2^127 is not normal
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tril_tile(t):
+    """Row and column of tile t among the tiles on and below the diagonal, counted row by row.
+
+    The square root is approximate and float32, so the row is corrected both ways.
+    """
+    row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
+    return row, t - row * (row + 1) // 2
