@@ -123,9 +123,15 @@ def _resolved_backend(backend: str, tensors: Sequence[Tensor]) -> str:
     return backend
 
 
-def _resolved(constants: Sequence[Any], sources: Sequence[Tensor]) -> Plan:
-    """The plan that an operator was called with, its backend resolved for these sources."""
+def _resolved(constants: Sequence[Any], sources: Sequence[Tensor], *, fake: bool = False) -> Plan:
+    """The plan that an operator was called with, its backend resolved for these sources.
+
+    ``fake``: while tracing, where the compiler would report an error of the traced code in its own words.
+    """
     plan = Plan(*constants)
+    if fake:
+        dtypes = [z.dtype for z in sources]
+        return plan._replace(backend=backends.resolve(plan.backend, sources[0].device, dtypes))
     return plan._replace(backend=_resolved_backend(plan.backend, sources))
 
 
@@ -136,7 +142,7 @@ def _terms(sources: list[Tensor], locations: list[Tensor], *constants: Any) -> l
 
 @torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
 def _fake_terms(sources: list[Tensor], locations: list[Tensor], *constants: Any) -> list[Tensor]:
-    plan = _resolved(constants, sources)
+    plan = _resolved(constants, sources, fake=True)
     dtype = precision.accumulation_dtype([s.dtype for s in sources])
     new = sources[0].new_empty
     results = [new((), dtype=dtype) for _ in range(plan.outputs)]
