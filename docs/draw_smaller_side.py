@@ -1,6 +1,6 @@
 """Draw docs/smaller_side.png: the two squares whose Frobenius norms are equal, to scale.
 
-python docs/smaller_side.py
+python docs/draw_smaller_side.py
 """
 
 from pathlib import Path
@@ -91,7 +91,7 @@ def main() -> None:
     axes.set_aspect("equal")
     axes.set_axis_off()
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.02)
-    path = Path(__file__).with_suffix(".png")
+    path = Path(__file__).with_name("smaller_side.png")
     figure.savefig(path, dpi=110)
     print(f"picture: {path}")
 

@@ -272,7 +272,9 @@ def test_a_run_that_was_continued_in_vain_keeps_its_ceilings(document: results.D
     assert figures.roofline([found]) is not None
 
 
-# -- README -------------------------------------------------------------------------------------------------------
+# -- README.md and docs/benchmarks.md ------------------------------------------------------------------------------
+
+GUIDE = machine.ROOT / "docs" / "benchmarks.md"  # with the tables of memory and of other libraries
 
 
 def test_readme_shows_what_its_result_file_holds() -> None:
@@ -283,7 +285,7 @@ def test_readme_shows_what_its_result_file_holds() -> None:
     assert "fixture" not in document
     assert document["complete"]
     assert page.between(text, "speed table") == page.readme_speed(document, path)
-    assert page.between(text, "memory table") == page.readme_memory(document)
+    assert page.between(GUIDE.read_text(), "memory table") == page.readme_memory(document)
     for theme in ("light", "dark"):
         with Image.open(machine.ROOT / "docs" / f"speed-{theme}.png") as picture:
             assert picture.info["Source"] == document["sha256"], "the figure is of another result"
@@ -296,7 +298,7 @@ def test_a_figure_says_what_it_was_drawn_from(document: results.Document, tmp_pa
 
 
 def test_readme_shows_what_was_measured_beside_libraries() -> None:
-    text = page.README.read_text()
+    text = GUIDE.read_text()
     path = results.RESULTS / page.shown(text, "library table")
     document = results.load(path)
     assert document["complete"]
