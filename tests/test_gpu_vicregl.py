@@ -1,5 +1,7 @@
 """VICRegL's local loss and patch matching on a GPU: pytest -m gpu."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from vicreg_fast import VICRegLLoss, functional
 
 from .data import U
 from .parity import BFLOAT, KINDS, SINGLE, assert_same_bits
-from .test_gpu_runs import device_operations
+from .test_gpu_launches import device_operations
 from .vicregl_parity import assert_parity, maps_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -50,17 +52,23 @@ def test_the_nearest_candidate(patches: tuple[int, int], dtype: torch.dtype) -> 
     ).square()
     norms = [z.double().norm(dim=2).amax(1) for z in (queries, candidates)]
     E = 1.01 * (768 + 8) * U * (norms[0] + 3 * norms[1]).square()[:, None]
-    found = true.gather(1, query[..., None].expand(-1, -1, P2)).gather(2, candidate[..., None])[..., 0]
+    actual = true.gather(1, query[..., None].expand(-1, -1, P2)).gather(2, candidate[..., None])[..., 0]
     best = true.amin(2)
-    assert (found <= best.gather(1, query) + 2 * E).all()
+    assert (actual <= best.gather(1, query) + 2 * E).all()
     assert (best.gather(1, query) - best.sort(1).values).abs().le(2 * E).all()
-    assert torch.allclose(distance.double().square(), found, rtol=1e-5)
+    assert torch.allclose(distance.double().square(), actual, rtol=1e-5)
 
 
 def run(loss: VICRegLLoss, inputs: list[Tensor]) -> list[Tensor]:
     """Losses, then both maps' gradients."""
-    losses, total = loss._local(*inputs)
-    return [*losses.values(), *torch.autograd.grad(total, inputs[:2])]
+    losses = forward_of(loss, inputs)
+    return [*losses.values(), *torch.autograd.grad(losses["loss"], inputs[:2])]
+
+
+def forward_of(loss: VICRegLLoss, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The local part alone (alpha = 0): maps and locations of both views."""
+    x1_maps, x2_maps, *locations = inputs
+    return loss(x1_maps, x2_maps, None, None, *locations)
 
 
 def inputs_of(dtype: torch.dtype = SINGLE, patches: tuple[int, int] = (49, 49)) -> list[Tensor]:
@@ -70,7 +78,7 @@ def inputs_of(dtype: torch.dtype = SINGLE, patches: tuple[int, int] = (49, 49)) 
 
 @pytest.mark.parametrize("statistics", ["image", "slot"])
 def test_two_runs_agree_bit_for_bit(statistics: str) -> None:
-    loss, inputs = VICRegLLoss(20, statistics=statistics, backend="triton"), inputs_of()
+    loss, inputs = VICRegLLoss(20, 0.0, statistics=statistics, backend="triton"), inputs_of()
     first = run(loss, inputs)
     for _ in range(10):
         assert_same_bits(run(loss, inputs), first)
@@ -78,7 +86,7 @@ def test_two_runs_agree_bit_for_bit(statistics: str) -> None:
 
 @pytest.mark.parametrize("patches", [(49, 49), (196, 100)], ids=str)
 def test_in_a_cuda_graph(patches: tuple[int, int], clean_memory: None) -> None:
-    loss, inputs = VICRegLLoss(20, backend="triton"), inputs_of(patches=patches)
+    loss, inputs = VICRegLLoss(20, 0.0, backend="triton"), inputs_of(patches=patches)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -87,7 +95,7 @@ def test_in_a_cuda_graph(patches: tuple[int, int], clean_memory: None) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         static = run(loss, inputs)
-    for _ in range(2):  # the second finds the ticket that the first has left behind
+    for _ in range(2):  # the second replay finds the arrival counter as the first left it
         new = inputs_of(patches=patches)
         with torch.no_grad():
             for old, fresh in zip(inputs, new, strict=True):
@@ -100,19 +108,21 @@ def test_in_a_cuda_graph(patches: tuple[int, int], clean_memory: None) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, BFLOAT], ids=str)
 @pytest.mark.parametrize("patches", [(49, 49), (196, 100)], ids=str)
 def test_few_kernels(patches: tuple[int, int], dtype: torch.dtype, clean_memory: None) -> None:
-    loss, inputs = VICRegLLoss(20, backend="triton"), inputs_of(dtype, patches)
+    loss, inputs = VICRegLLoss(20, 0.0, backend="triton"), inputs_of(dtype, patches)
     run(loss, inputs)
     device_operations(lambda: run(loss, inputs))  # the first profile may miss something
-    forward = device_operations(lambda: loss._local(*inputs))
-    (_, total), upstream = loss._local(*inputs), torch.ones((), device=DEVICE)
-    backward = device_operations(lambda: torch.autograd.grad(total, inputs[:2], upstream))
+    local_loss = partial(loss.local_loss, *inputs)
+    forward = device_operations(local_loss)
+    losses, upstream = local_loss(), torch.ones((), device=DEVICE)
+    both = [losses["location/loss"], losses["feature/loss"]]
+    backward = device_operations(lambda: torch.autograd.grad(both, inputs[:2], [upstream] * 2))
     assert 1 <= len(forward) <= 3, forward
     assert 1 <= len(backward) <= 2, backward
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_the_host_does_not_wait() -> None:
-    loss, inputs = VICRegLLoss(20, backend="triton"), inputs_of()
+    loss, inputs = VICRegLLoss(20, 0.0, backend="triton"), inputs_of()
     run(loss, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:

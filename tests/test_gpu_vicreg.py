@@ -1,7 +1,4 @@
-"""The Triton backend on a GPU: pytest -m gpu.
-
-The rule is parity.py's.  Compiling takes most of the time.
-"""
+"""VICReg on Triton kernels on a GPU (pytest -m gpu), by the rule of parity.py.  Compilation takes most of the time."""
 
 import math
 from collections.abc import Callable
@@ -115,12 +112,12 @@ def test_nan_stays_in_its_problem(shape: tuple[int, ...], kind: str) -> None:
     spoilt = x.detach().clone()
     spoilt[1, 5, 7] = math.nan
     spoilt.requires_grad_()
-    found = [
+    actual = [
         torch.autograd.grad(sum(functional.vicreg_terms(z, y, backend="triton", precision=precision)), z)[0]
         for z in (x, spoilt)
     ]
-    assert found[1][1].isnan().any()
-    assert_same_bits([found[1][0], found[1][2]], [found[0][0], found[0][2]])
+    assert actual[1][1].isnan().any()
+    assert_same_bits([actual[1][0], actual[1][2]], [actual[0][0], actual[0][2]])
 
 
 # -- where tensors lie ------------------------------------------------------------------------------------------
@@ -168,8 +165,8 @@ def test_more_elements_than_32_bits_count(clean_memory: None) -> None:
     x[-last:] = 28 * signs[0] * signs[1]
     x.requires_grad_()
     y = torch.zeros(1, D, dtype=HALF, device=DEVICE).expand(N, D)
-    found = functional.vicreg_terms(x, y, backend="triton")
-    (gradient,) = torch.autograd.grad(found.cov, x, torch.tensor(2.0**20, device=DEVICE))  # 1e-6 is no float16
+    actual = functional.vicreg_terms(x, y, backend="triton")
+    (gradient,) = torch.autograd.grad(actual.cov, x, torch.tensor(2.0**20, device=DEVICE))  # 1e-6 is no float16
 
     parts = x.detach().split(1 << 16)
     m = sum(part.double().sum(0) for part in parts) / N
@@ -179,7 +176,7 @@ def test_more_elements_than_32_bits_count(clean_memory: None) -> None:
     hinge = (1 - v.sqrt()).relu().mean()
     truth = torch.stack([(v * (N - 1) / N + m.square()).mean(), (hinge + 1) / 2, C.square().sum() / D / 2])
     # The operand's rounding, M's, the gradient's and one to spare.
-    assert ((torch.stack(found).double() - truth).abs() <= 4 * TF32 * truth).all()
+    assert ((torch.stack(actual).double() - truth).abs() <= 4 * TF32 * truth).all()
     for rows in (slice(-last, None), slice(0, last), slice(N // 2, N // 2 + last)):
         true = 2.0**20 * 2 / (D * (N - 1)) * (x.detach()[rows].double() - m) @ C
         assert (gradient[rows].double() - true).norm() <= 4 * TF32 * true.norm()

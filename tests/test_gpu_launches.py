@@ -1,6 +1,6 @@
-"""How the Triton kernels run on a GPU: pytest -m gpu.  On which stream, how many, in how much memory, with what else.
+"""How the Triton kernels run on a GPU (pytest -m gpu): streams, graphs, numbers of launches, memory, composition.
 
-What they compute is looked at in test_gpu.py.
+Values and gradients are tested in test_gpu_vicreg.py and test_gpu_vicregl.py.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vicreg_fast import VICRegLoss
-from vicreg_fast.backends.triton.configs import WORKSPACE
+from vicreg_fast.backends.triton.splitk import WORKSPACE
 
 from .data import U, assert_exact, both_sides
 from .parity import BFLOAT, HALF, SINGLE, assert_same_bits
-from .test_gpu import DEVICE, pair
+from .test_gpu_vicreg import DEVICE, pair
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
@@ -35,7 +35,7 @@ def run(x: Tensor, y: Tensor, loss: Callable[..., dict[str, Tensor]] | None = No
     return [*(value.detach() for value in losses.values()), *torch.autograd.grad(losses["loss"], (x, y))]
 
 
-# -- when kernels run -------------------------------------------------------------------------------------------
+# -- streams, graphs, order -------------------------------------------------------------------------------------------
 
 
 @dual_and_primal
@@ -45,13 +45,13 @@ def test_on_the_current_stream(shape: tuple[int, int]) -> None:
     late = [torch.full_like(z, math.nan).requires_grad_() for z in (x, y)]
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # 50 ms: the host is through before the inputs are written
+        torch.cuda._sleep(100_000_000)  # 50 ms: the host has launched everything before the inputs are written
         with torch.no_grad():
             for z, value in zip(late, (x, y), strict=True):
                 z.copy_(value)
-        found = run(*late)
+        actual = run(*late)
         torch.cuda.current_stream().synchronize()
-    assert_same_bits(found, expected)
+    assert_same_bits(actual, expected)
 
 
 @dual_and_primal
@@ -65,7 +65,7 @@ def test_in_a_cuda_graph(shape: tuple[int, int], clean_memory: None) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         static = run(x, y)
-    for _ in range(2):  # the second finds what the first has left behind
+    for _ in range(2):  # the second replay finds the arrival counter as the first left it
         new = pair(*shape)
         with torch.no_grad():
             x.copy_(new[0])
@@ -96,11 +96,11 @@ def test_the_host_does_not_wait(shape: tuple[int, int]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# -- what it costs ----------------------------------------------------------------------------------------------
+# -- launches and memory ----------------------------------------------------------------------------------------------
 
 
 def device_operations(function: Callable[[], object]) -> list[str]:
-    """Kernels, memsets and copies that a call starts."""
+    """Names of the kernels, memsets and copies of a call."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         function()
         torch.cuda.synchronize()
@@ -126,8 +126,8 @@ def test_few_kernels(shape: tuple[int, int], dtype: torch.dtype, clean_memory: N
 @pytest.mark.parametrize("dtype", [SINGLE, BFLOAT], ids=str)
 def test_peak_memory(dtype: torch.dtype, clean_memory: None) -> None:
     N, D = 2048, 8192
-    # Of each view: one N x N matrix and one copy, both in the type of the operand, some numbers a row and a column.  And
-    # what does not grow: the parts of split products.
+    # For each view one N x N matrix and one copy, both in the operand's type, and a few numbers a row and a column.  Then
+    # what does not grow: the split tiles.
     allowed = 2 * dtype.itemsize * (N * N + N * D) + 128 * (N + D) + WORKSPACE
     x, y = pair(N, D, dtype=dtype)
     loss = VICRegLoss(backend="triton")
@@ -142,7 +142,7 @@ def test_peak_memory(dtype: torch.dtype, clean_memory: None) -> None:
     assert max(forward, backward) <= allowed, (forward, backward, allowed)
 
 
-# -- with the rest of torch -------------------------------------------------------------------------------------
+# -- composition -------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor has remarks on the machine and on Triton
@@ -151,14 +151,14 @@ def test_compiled_by_inductor(shape: tuple[int, int]) -> None:
     x, y = pair(*shape)
     loss = VICRegLoss(backend="triton")
     torch.compiler.reset()
-    found = run(x, y, torch.compile(loss, fullgraph=True))
-    # The same kernels; the terms are weighted after them, not in them.
-    for f, e in zip(found, run(x, y, loss), strict=True):
+    actual = run(x, y, torch.compile(loss, fullgraph=True))
+    # The same kernels, but the terms are weighted after them.
+    for f, e in zip(actual, run(x, y, loss), strict=True):
         assert (f - e).norm() <= 8 * U * e.norm()
 
 
 @dual_and_primal
-def test_float64_takes_the_way_of_aten(shape: tuple[int, int]) -> None:
+def test_float64_runs_on_aten(shape: tuple[int, int]) -> None:
     x, y = pair(*shape, dtype=torch.float64)
     assert_exact(run(x, y, VICRegLoss()), run(x, y, VICRegLoss(backend="reference")))
 
@@ -170,15 +170,14 @@ def test_autocast_changes_nothing(shape: tuple[int, int], cast_inputs: bool, cas
     x, y = pair(*shape, dtype=cast if cast_inputs else SINGLE)
     expected = run(x, y)
     with torch.autocast("cuda", dtype=cast):
-        found = run(x, y)
-    assert [f.dtype for f in found] == [SINGLE] * 4 + [x.dtype] * 2
-    assert_same_bits(found, expected)
+        actual = run(x, y)
+    assert [f.dtype for f in actual] == [SINGLE] * 4 + [x.dtype] * 2
+    assert_same_bits(actual, expected)
 
 
 SANITIZED = """
 import torch
 from vicreg_fast import VICRegLoss
-from vicreg_fast.backends.triton.configs import WORKSPACE
 x, y = (torch.randn({}, {}, device="cuda", dtype=torch.{}, requires_grad=True) for _ in "xy")
 VICRegLoss(backend="triton")(x, y)["loss"].backward()
 torch.cuda.synchronize()
@@ -192,7 +191,7 @@ torch.cuda.synchronize()
 def test_compute_sanitizer(shape: tuple[int, int], dtype: str, tool: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SANITIZED.format(*shape, dtype))
-    # Every tensor in memory of its own, or what lies behind it would be a neighbour's.
+    # Each tensor has an allocation of its own: else an access out of bounds would hit another tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
