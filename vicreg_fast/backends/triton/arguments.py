@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +86,10 @@ def _source(rows: Rows) -> Source:
     return Source(rows.source, *strides, features)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """One view, a pair, or two pairs in opposite directions, ready for the kernels."""
 
-    count: int  # V
+    V: int
     P: int
     N: int
     D: int
@@ -101,13 +99,12 @@ class Group:
     @property
     def index(self) -> Tensor | None:
         """(V, P, N); None: every row is a sample."""
-        index: Tensor | None = self.views.index_ptr
-        return index
+        return self.views.index_ptr  # type: ignore[no-any-return]  # Any: kernels take it as a pointer
 
     @property
     def pairs(self) -> int:
         """Number of pairs; 1 for a single view, whose invariance is zero."""
-        return (self.count + 1) // 2
+        return (self.V + 1) // 2
 
     @property
     def dual(self) -> bool:
@@ -125,7 +122,7 @@ class Group:
 
     def key(self, device: Device, kernel: str, kind: str = "") -> Key:
         """What the configuration of a kernel is chosen by."""
-        return Key(*device, self.aligned, kernel, kind, self.P * self.count, self.N, self.D)
+        return Key(*device, self.aligned, kernel, kind, self.P * self.V, self.N, self.D)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised memory on the views' device."""

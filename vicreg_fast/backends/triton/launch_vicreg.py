@@ -61,7 +61,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 def terms(call: Call) -> list[Tensor]:
     """[weighted inv, var, cov, their sum; moments, M, operand]; the last three are empty if nothing is saved."""
     group, plan, matmul, _ = call
-    shapes = saved(plan, matmul, group.index is not None, group.count, group.P, group.N, group.D)
+    shapes = saved(plan, matmul, group.index is not None, group.V, group.P, group.N, group.D)
     kept = [group.empty(*shape, dtype=dtype) for shape, dtype in shapes]
     outputs = [group.empty() for _ in range(4)]
     forward = _dual_forward if group.dual else _primal_forward
@@ -70,7 +70,7 @@ def terms(call: Call) -> list[Tensor]:
 
 
 def _normalisation(group: Group) -> Normalisation:
-    return Normalisation(group.count, group.pairs, group.P, group.N, group.D)
+    return Normalisation(group.V, group.pairs, group.P, group.N, group.D)
 
 
 def _splitk_blocks(product: Product, splits: int, device: Device) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def _splitk_blocks(product: Product, splits: int, device: Device) -> tuple[int, 
 
 def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
-    V, P, N, D = group.count, group.P, group.N, group.D
+    V, P, N, D = group.V, group.P, group.N, group.D
     moments, M, operand = map(_or_none, kept)
     if group.index is not None and moments is None:  # the gram kernel centres gathered rows with the moments
         moments = group.empty(4, P, V, D)
@@ -131,7 +131,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
 
 def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
-    V, P, N, D = group.count, group.P, group.N, group.D
+    V, P, N, D = group.V, group.P, group.N, group.D
     moments, M, _ = map(_or_none, kept)
     (key,) = forward_keys(group, matmul, device)
     product: Product = choose(key)
@@ -191,7 +191,7 @@ def gradient(
     """
     group, plan, matmul, device = call
     moments, M, operand = kept
-    V, P, N, D = group.count, group.P, group.N, group.D
+    V, P, N, D = group.V, group.P, group.N, group.D
     (key,) = gradient_keys(group, matmul, device)
     config: Gradient = choose(key)
     inv, var, cov = upstream
