@@ -117,3 +117,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     monkeypatch.setattr(kind, "run", taken_down)
     return launched
+
+
+@pytest.fixture(scope="session")
+def rank_results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """For each number of ranks, the function that reads a scenario's results; all ranks run once a session."""
+    from .distributed_ranks import WORLDS, run_ranks
+
+    return {world: run_ranks(world, tmp_path_factory.mktemp(f"ranks{world}")) for world in WORLDS}
