@@ -1,4 +1,4 @@
-"""Fixtures of every test: fixed seeds, and fresh memory that is full of NaN.  And which Triton the tests see."""
+"""Fixtures of every test: fixed seeds, new memory filled with NaN, and whether Triton is interpreted."""
 
 import contextlib
 import importlib
@@ -18,27 +18,29 @@ def selects_gpu(expression: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton's own functions are made for the interpreter, or not, when they are defined: before any test is read."""
+    """Set up Triton before any test is imported: its own functions are built for the interpreter, or not, at import."""
     if selects_gpu(config.option.markexpr):
         if not torch.cuda.is_available():
             raise pytest.UsageError(f"-m gpu needs a CUDA or ROCm device; torch {torch.__version__} sees none")
         os.environ.pop("TRITON_INTERPRET", None)
-        # Without it, deterministic algorithms (poisoned_memory) refuse cuBLAS, which the reference is computed with.
+        # Without it, deterministic algorithms (poisoned_memory) refuse cuBLAS, which computes the reference.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return
-    # Tests of the kernels say so again (test_vicreg_kernels.py); to all others this is a machine without a GPU.
+    # Tests of the kernels set the variable again (the fixture interpreted); for all other tests this is a machine
+    # without a GPU.
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
         from triton.runtime import interpreter
 
-        make_the_language_interpreted_once_a_launch(interpreter)
+        patch_language_once_a_launch(interpreter)
     del os.environ["TRITON_INTERPRET"]
 
 
-def make_the_language_interpreted_once_a_launch(interpreter: Any) -> None:
-    """Half of the interpreter's time is replacing the language's functions, which it does at each device function's call.
+def patch_language_once_a_launch(interpreter: Any) -> None:
+    """Let the interpreter replace the functions of triton.language once a launch instead of at each device function's call.
 
-    It is needed once for every module that kernels lie in: they stay replaced until the launch ends.
+    The replacement took half of the interpreter's time.  It is needed once for each module that holds kernels, and stays in
+    place until the launch ends.
     """
     replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     replaced: dict[int, Any] = {}
@@ -49,11 +51,11 @@ def make_the_language_interpreted_once_a_launch(interpreter: Any) -> None:
             replaced[module] = replace(function)
         return replaced[module]
 
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+    def clear_and_launch(self: Any, *args: Any, **kwargs: Any) -> None:
         replaced.clear()
         launch(self, *args, **kwargs)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launch_anew
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, clear_and_launch
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN, so that an element nobody wrote is seen."""
+    """Every ``torch.empty`` is filled with NaN, so that an unwritten element shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -75,13 +77,13 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Small tensors gain nothing from threads, and on a busy machine waiting for one costs ten times the work."""
+    """One thread: small tensors gain nothing from more, and on a busy machine waiting for a thread costs ten times the work."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A GPU with the real Triton; eager code multiplies float32 numbers, so what ``precision=None`` means is settled."""
+    """A GPU with compiled kernels, and eager float32 products, which fixes the meaning of ``precision=None``."""
     if not selects_gpu(request.config.option.markexpr):
         pytest.skip("needs pytest -m gpu: in this run Triton is an interpreter")
     torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -91,15 +93,23 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def clean_memory(poisoned_memory: None) -> None:
-    """Fresh memory as it is: filling it takes a kernel, and would hide what one launch leaves to the next."""
+    """New memory is not filled: filling takes a kernel, and would hide values that one launch leaves to the next."""
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are made for the interpreter, or not, when they are first imported."""
+    """Kernels run in the interpreter; their first import decides whether they do."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     importlib.import_module("vicreg_fast.backends.triton_backend")
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend that a test is parametrised with (``indirect``); "triton" runs in the interpreter."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
+    return str(request.param)
 
 
 class Launch(NamedTuple):
@@ -139,3 +149,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     monkeypatch.setattr(kind, "run", recorded)
     return launched
+
+
+@pytest.fixture(scope="session")
+def rank_results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """For each number of ranks, the function that reads a scenario's results; all ranks run once a session."""
+    from .distributed_ranks import WORLDS, run_ranks
+
+    return {world: run_ranks(world, tmp_path_factory.mktemp(f"ranks{world}")) for world in WORLDS}

@@ -1,4 +1,4 @@
-"""Which tests ``pytest -m`` takes to be for a GPU, and what it says where there is none."""
+"""Marker expressions that select tests for a GPU, and the error on a machine without one."""
 
 import os
 import subprocess
@@ -12,18 +12,18 @@ from .conftest import selects_gpu
 
 
 @pytest.mark.parametrize("expression", ["gpu", "gpu and not compile_all", "compile_all or gpu", "(gpu)"])
-def test_asks_for_a_gpu(expression: str) -> None:
+def test_selects_the_gpu(expression: str) -> None:
     assert selects_gpu(expression)
 
 
 @pytest.mark.parametrize(
     "expression", ["", "not gpu", "not compile_all and not gpu", "not (compile_all or gpu)", "compile_all"]
 )
-def test_does_not_ask_for_a_gpu(expression: str) -> None:
+def test_does_not_select_the_gpu(expression: str) -> None:
     assert not selects_gpu(expression)
 
 
-def test_asking_for_a_gpu_where_there_is_none_is_an_error() -> None:
+def test_selecting_the_gpu_without_one_is_an_error() -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", str(Path(__file__).parent)],

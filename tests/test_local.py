@@ -1,7 +1,7 @@
 """The local loss, values and gradients of both maps, against the reference in float64.
 
 A map's gradient is a sum over four views, two match sets of two directions each, and over the queries that share a
-candidate.  Both parts are judged by themselves.
+candidate.  The two parts, location and feature, are judged separately.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 SOME, ALL, MOST = Shape(5, 9, 12, 4), Shape(5, 9, 12, 9), Shape(6, 21, 18, 18)
 MANY_IMAGES, FEW_IMAGES = Shape(85, 3, 4, 2), Shape(2, 7, 6, 5)
-# Three channels of features are compared as locations are.
+# Features of three channels are compared like locations.
 CASES = {
     "some of 9 patches, 3 channels": (SOME, 3, False),
     "some of 9 patches, 16 channels": (SOME, 16, False),
@@ -61,16 +61,16 @@ every_case = pytest.mark.parametrize(("shape", "C", "shared"), CASES.values(), i
 @every_statistics
 def test_cases_are_of_both_sides_above_and_below_64_channels(statistics: str) -> None:
     sides = {(C > 64, uses_dual(*shape.problems(statistics), C)) for shape, C, _ in CASES.values()}
-    # So many matches of one image that 96 channels are primal would take too long.
+    # 96 channels are primal only with so many matches an image that the test would take too long.
     both = {(False, False), (False, True), (True, True)}
     assert sides == (both if statistics == "image" else both | {(True, False)})
 
 
-def inputs(shape: Shape, C: int, shared: bool) -> list[Tensor]:
-    """Both maps, then both views' locations, in float32; ``shared``: every location's nearest is one and the same."""
+def local_inputs(shape: Shape, C: int, shared: bool) -> list[Tensor]:
+    """Both maps, then both views' locations, in float32; ``shared``: one candidate is nearest to every location."""
     B, P1, P2, _ = shape
     generator = torch.Generator().manual_seed(B + P1 + C)
-    chosen = torch.randint(P1, (B, P2), generator=generator)  # some patches more than once
+    chosen = torch.randint(P1, (B, P2), generator=generator)  # with repetitions
     x1 = 0.7 * torch.randn(B, P1, C, generator=generator) + 0.5
     x2 = reference.gather_rows(x1, chosen) + 0.4 * torch.randn(B, P2, C, generator=generator)
     l1, l2 = (torch.rand(B, P, 2, generator=generator) for P in (P1, P2))
@@ -81,7 +81,7 @@ def inputs(shape: Shape, C: int, shared: bool) -> list[Tensor]:
 
 
 def evaluate(losses: dict[str, Tensor], maps: list[Tensor], create_graph: bool = False) -> Evaluated:
-    """Values by name and, for each, the gradients of both maps, in float64; and of all together, as they are trained."""
+    """Values by name and, for each, the gradients of both maps, in float64; and those of a weighted sum of all."""
     losses = losses | {"all": sum(k * value for k, value in enumerate(losses.values(), 1))}
     options = {"retain_graph": True, "create_graph": create_graph}
     gradients = {
@@ -95,39 +95,39 @@ def unweighted(m: int, statistics: str, order: str, backend: str = "aten") -> Ca
     """The local part of the loss, as a function of maps and locations."""
     loss = VICRegLLoss(m, 0.0, 1.0, 1.0, 1.0, statistics=statistics, match_order=order, backend=backend)
 
-    def function(*given: Tensor) -> dict[str, Tensor]:
-        losses = loss.local_loss(*given)
+    def function(*inputs: Tensor) -> dict[str, Tensor]:
+        losses = loss.local_loss(*inputs)
         return {f"{part}/{term}": losses[f"{part}/{term}-loss"] for part in PARTS for term in TERMS}
 
     return function
 
 
-def fast(given: list[Tensor], *options: Any, create_graph: bool = False) -> Evaluated:
-    maps = [z.clone().requires_grad_() for z in given[:2]]
-    return evaluate(unweighted(*options)(*maps, *given[2:]), maps, create_graph)
+def fast(inputs: list[Tensor], *options: Any, create_graph: bool = False) -> Evaluated:
+    maps = [z.clone().requires_grad_() for z in inputs[:2]]
+    return evaluate(unweighted(*options)(*maps, *inputs[2:]), maps, create_graph)
 
 
-def eager(given: list[Tensor], m: int, statistics: str, order: str) -> Evaluated:
-    maps = [z.clone().requires_grad_() for z in given[:2]]
-    found = reference.local_terms(*maps, *given[2:], m, 1.0, 0.0, statistics, order)
-    return evaluate({f"{p}/{t}": getattr(getattr(found, p), t) for p in PARTS for t in TERMS}, maps)
+def eager(inputs: list[Tensor], m: int, statistics: str, order: str) -> Evaluated:
+    maps = [z.clone().requires_grad_() for z in inputs[:2]]
+    terms = reference.local_terms(*maps, *inputs[2:], m, 1.0, 0.0, statistics, order)
+    return evaluate({f"{p}/{t}": getattr(getattr(terms, p), t) for p in PARTS for t in TERMS}, maps)
 
 
 class Sizes(NamedTuple):
-    """How large what is added and subtracted is, in float64: u times that is what rounding costs at least."""
+    """Sizes of the terms of sums and differences, in float64: each rounding errs by up to u times these."""
 
     norm: float  # sum of the squared covariances, diagonal included, over D
     diagonal: float  # of the variances' squares, over D
-    summands: dict[str, list[Tensor]]  # of each map's gradient, in magnitude: all that is added up in one place
+    summands: dict[str, list[Tensor]]  # of each element of a map's gradient: the sum of magnitudes
 
 
-def sizes(given: list[Tensor], part: str, m: int, statistics: str, order: str) -> Sizes:
-    x1, x2, l1, l2 = (z.double() for z in given)
+def sizes(inputs: list[Tensor], part: str, m: int, statistics: str, order: str) -> Sizes:
+    x1, x2, l1, l2 = (z.double() for z in inputs)
     maps = [x1, x2]
     a, b = (l1, l2) if part == "location" else (x1, x2)
-    there, back = reference.match(a, b, m, order), reference.match(b, a, m, order)
-    views = [(0, there.query), (1, there.candidate), (1, back.query), (0, back.candidate)]
-    rows = [reference.gather_rows(maps[number], index).requires_grad_() for number, index in views]
+    x_to_y, y_to_x = reference.match(a, b, m, order), reference.match(b, a, m, order)
+    views = [(0, x_to_y.query), (1, x_to_y.candidate), (1, y_to_x.query), (0, y_to_x.candidate)]
+    rows = [reference.gather_rows(maps[source], index).requires_grad_() for source, index in views]
     problems = [z.transpose(0, 1) if statistics == "slot" else z for z in rows]
     terms = [torch.stack(reference.vicreg_terms(q, c)) for q, c in (problems[:2], problems[2:])]
     P, N, D = problems[0].shape
@@ -137,13 +137,13 @@ def sizes(given: list[Tensor], part: str, m: int, statistics: str, order: str) -
     for name, value in zip(TERMS, (terms[0] + terms[1]) / 2, strict=True):
         parts = [g.abs() for g in torch.autograd.grad(value, rows, retain_graph=True)]
         if name == "cov":
-            # The dual's gradient is the difference of G c and c v; the primal's rounding noise is of that size.
+            # The dual gradient is the difference of G c and c v; the primal gradient's rounding noise is as large.
             noise = [(z * w).abs() * (4 / (4 * P * D * (N - 1))) for z, w in zip(c, v, strict=True)]
             noise = [z.transpose(0, 1) if statistics == "slot" else z for z in noise]
             parts = [p + n for p, n in zip(parts, noise, strict=True)]
         summands[name] = [torch.zeros_like(z) for z in maps]
-        for (number, index), p in zip(views, parts, strict=True):
-            summands[name][number].scatter_add_(1, index[..., None].expand_as(p), p)
+        for (source, index), p in zip(views, parts, strict=True):
+            summands[name][source].scatter_add_(1, index[..., None].expand_as(p), p)
     norm = sum(float((z.mT @ z / (N - 1)).square().sum()) for z in c) / (4 * P * D)
     diagonal = sum(float(w.square().sum()) for w in v) / (4 * P * D)
     return Sizes(norm, diagonal, summands)
@@ -156,10 +156,10 @@ def sizes(given: list[Tensor], part: str, m: int, statistics: str, order: str) -
 def test_float64_is_exact(
     create_graph: bool, shape: Shape, C: int, shared: bool, order: str, statistics: str
 ) -> None:
-    given = [z.double() for z in inputs(shape, C, shared)]
+    exact = [z.double() for z in local_inputs(shape, C, shared)]
     options = shape.m, statistics, order
-    values, gradients = fast(given, *options, create_graph=create_graph)
-    true_values, true_gradients = eager(given, *options)
+    values, gradients = fast(exact, *options, create_graph=create_graph)
+    true_values, true_gradients = eager(exact, *options)
     assert_exact(list(values.values()), list(true_values.values()))
     for name, truth in true_gradients.items():
         assert_exact(gradients[name], truth)
@@ -175,15 +175,15 @@ def test_float32_is_as_good_as_eager(shape: Shape, C: int, shared: bool, order: 
 def assert_as_good_as_eager(
     shape: Shape, C: int, shared: bool, order: str, statistics: str, backend: str
 ) -> None:
-    given = inputs(shape, C, shared)
+    inputs = local_inputs(shape, C, shared)
     options = shape.m, statistics, order
-    truth, truth_grads = eager([z.double() for z in given], *options)
-    rough, rough_grads = eager(given, *options)
-    found, found_grads = fast(given, *options, backend)
+    truth, truth_grads = eager([z.double() for z in inputs], *options)
+    rough, rough_grads = eager(inputs, *options)
+    actual, actual_grads = fast(inputs, *options, backend)
     P, N = shape.problems(statistics)
     for part in PARTS:
-        size = sizes(given, part, *options)
-        # As in test_terms.py: a few roundings of the result and of what it is a difference of.
+        size = sizes(inputs, part, *options)
+        # As in data.py: a few roundings of the result and of the terms of the subtraction that it comes from.
         floors = {
             "inv": 8 * U * float(truth[f"{part}/inv"]),
             "var": 8 * U,
@@ -193,14 +193,14 @@ def assert_as_good_as_eager(
         for term in TERMS:
             name = f"{part}/{term}"
             allowed = 2 * abs(rough[name] - truth[name]) + floors[term]
-            assert abs(found[name] - truth[name]) <= allowed, name
-            for f, r, t, s in zip(
-                found_grads[name], rough_grads[name], truth_grads[name], size.summands[term], strict=True
+            assert abs(actual[name] - truth[name]) <= allowed, name
+            for g, r, t, s in zip(
+                actual_grads[name], rough_grads[name], truth_grads[name], size.summands[term], strict=True
             ):
-                assert (f - t).norm() <= 2 * (r - t).norm() + 8 * U * s.norm(), name
+                assert (g - t).norm() <= 2 * (r - t).norm() + 8 * U * s.norm(), name
 
 
-# What is differentiated twice: of two problems at least, so that few channels are dual too.
+# Shapes that are differentiated twice.  Two problems at least, so that a few channels may be dual.
 DIFFERENTIATED = {
     "primal, 4 channels": (Shape(4, 4, 5, 4), 4, False),
     "dual, 7 channels": (Shape(3, 3, 4, 3), 7, False),
@@ -222,7 +222,7 @@ def test_differentiated_shapes_are_of_the_side_that_they_name(name: str, statist
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradcheck_and_gradgradcheck(name: str, order: str, statistics: str) -> None:
     shape, C, shared = DIFFERENTIATED[name]
-    x1, x2, l1, l2 = (z.double() for z in inputs(shape, C, shared))
+    x1, x2, l1, l2 = (z.double() for z in local_inputs(shape, C, shared))
     function = unweighted(shape.m, statistics, order)
 
     def terms(x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The self-check: what it prints, what it returns, and that it sees what is wrong."""
+"""``python -m vicreg_fast``: its output, its exit status, and that it reports wrong results."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import torch
 
 import vicreg_fast
 from vicreg_fast import __main__ as command
-from vicreg_fast.backends.aten import gradient, terms
+from vicreg_fast.backends.aten import backward, forward
 
 Capture = pytest.CaptureFixture[str]
 CASES = [command.Case((8, 16)), command.Case((5, 33, 1)), command.Case((6, 12, 9, 16), 5)]
@@ -32,15 +32,15 @@ def test_quick_reports_the_machine_and_passes(capsys: Capture) -> None:
 
 
 def wrong_by(factor: float, monkeypatch: pytest.MonkeyPatch, features: int | None = None) -> None:
-    """Multiply the values of the ATen forward pass, of views with that many features."""
-    right: Callable[..., Any] = terms.terms
+    """Multiply the values of the ATen forward pass by ``factor``, of views with so many features or of all."""
+    right: Callable[..., Any] = forward.terms
 
     def wrong(views: Any, *args: Any, **kwargs: Any) -> Any:
         values, statistics = right(views, *args, **kwargs)
         scale = factor if features in (None, views[0].shape[2]) else 1.0
         return [value * scale for value in values], statistics
 
-    monkeypatch.setattr(terms, "terms", wrong)
+    monkeypatch.setattr(forward, "terms", wrong)
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -54,7 +54,7 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
 
 @pytest.mark.usefixtures("few_cases")
 def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    right: Callable[..., None] = gradient.gradient
+    right: Callable[..., None] = backward.gradient
 
     def wrong(
         views: Any, plan: Any, product: Any, spare: Any, statistics: Any, *args: Any, **kwargs: Any
@@ -62,7 +62,7 @@ def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Captur
         shifted = statistics._replace(moments=statistics.moments + 1e-3)
         right(views, plan, product, spare, shifted, *args, **kwargs)
 
-    monkeypatch.setattr(gradient, "gradient", wrong)
+    monkeypatch.setattr(backward, "gradient", wrong)
     assert command.main(["--quick", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     for case in CASES:
@@ -86,13 +86,13 @@ def test_fast_path_that_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch, cap
     def missing(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("no such operator")
 
-    monkeypatch.setattr(terms, "terms", missing)
+    monkeypatch.setattr(forward, "terms", missing)
     assert command.main(["--quick", "--device", "cpu"]) == 1
     assert f"FAILED torch.float64 {CASES[0]}: no such operator" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_cases")
-def test_wrong_answers_get_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     wrong_by(1.1, monkeypatch)
     assert command.main(["--device", "cpu"]) == 1
     assert "Speed" not in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_speed_table_has_a_row_for_each_shape(monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", "cpu:1"])
-def test_absent_device_is_refused_with_those_present(device: str, capsys: Capture) -> None:
+def test_absent_device_is_refused_and_present_ones_are_listed(device: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--quick", "--device", device])
     assert stopped.value.code == 2
@@ -128,7 +128,7 @@ def test_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err.split() == ["interrupted"]
 
 
-def test_absent_triton_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_absent_triton_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(metadata, "packages_distributions", dict)
     command._machine({"cpu": ""})
     assert "Triton not installed" in capsys.readouterr().out

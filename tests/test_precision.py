@@ -1,4 +1,4 @@
-"""Which product a precision means, what rounding does to its operands, and in which type sums are kept."""
+"""The product that a precision means, the rounding of its operands, and the type of sums and gradients."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import functional, precision, reference
-from vicreg_fast.backends.aten import blocks, gradient, terms
+from vicreg_fast.backends.aten import backward, blocks, forward
 from vicreg_fast.plan import ONE_VIEW
 from vicreg_fast.rows import Rows
 from vicreg_fast.sides import uses_dual
@@ -22,14 +22,14 @@ matmul = torch.backends.cuda.matmul
 
 @pytest.fixture(autouse=True)
 def setting() -> Iterator[None]:
-    """Torch's setting as it was; "none" follows ``torch.backends.fp32_precision``, as it does at first."""
+    """Restore torch's settings after the test; "none" follows ``torch.backends.fp32_precision``, as by default."""
     before = torch.backends.fp32_precision
     yield
     torch.backends.fp32_precision = before
     matmul.fp32_precision = "none"
 
 
-def named(types: tuple[torch.dtype, ...]) -> str:
+def name_of(types: tuple[torch.dtype, ...]) -> str:
     return "-".join(str(dtype)[6:] for dtype in types)
 
 
@@ -59,41 +59,48 @@ def test_every_precision_has_a_meaning() -> None:
     assert all(tuple(meanings) == precision.PRECISIONS for meanings in MEANINGS.values())
 
 
-@pytest.mark.parametrize("asked", precision.PRECISIONS, ids=str)
+@pytest.mark.parametrize("requested", precision.PRECISIONS, ids=str)
 @pytest.mark.parametrize(
     ("kind", "types"),
-    [pytest.param(kind, types, id=named(types)) for kind, all_ in KINDS.items() for types in all_],
+    [pytest.param(kind, types, id=name_of(types)) for kind, of_kind in KINDS.items() for types in of_kind],
 )
-@pytest.mark.parametrize("torchs", ["ieee", "tf32"])
-def test_product_of_a_gpu(torchs: str, kind: str, types: tuple[torch.dtype, ...], asked: str | None) -> None:
-    matmul.fp32_precision = torchs
-    assert precision.resolve_product(asked, CUDA, types) == MEANINGS[kind][asked][torchs == "tf32"]
+@pytest.mark.parametrize("setting_of_torch", ["ieee", "tf32"])
+def test_product_of_a_gpu(
+    setting_of_torch: str, kind: str, types: tuple[torch.dtype, ...], requested: str | None
+) -> None:
+    matmul.fp32_precision = setting_of_torch
+    assert (
+        precision.resolve_product(requested, CUDA, types)
+        == MEANINGS[kind][requested][setting_of_torch == "tf32"]
+    )
 
 
-@pytest.mark.parametrize("asked", precision.PRECISIONS, ids=str)
-@pytest.mark.parametrize("types", [*HALVES, *SINGLES, *DOUBLES], ids=named)
+@pytest.mark.parametrize("requested", precision.PRECISIONS, ids=str)
+@pytest.mark.parametrize("types", [*HALVES, *SINGLES, *DOUBLES], ids=name_of)
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
-def test_other_devices_have_one_product(device: str, types: tuple[torch.dtype, ...], asked: str | None) -> None:
+def test_other_devices_have_one_product(
+    device: str, types: tuple[torch.dtype, ...], requested: str | None
+) -> None:
     matmul.fp32_precision = "tf32"
-    assert precision.resolve_product(asked, torch.device(device), types) == "ieee"
+    assert precision.resolve_product(requested, torch.device(device), types) == "ieee"
 
 
-# On some builds torch asks for the newer one.
+# Some builds of torch warn of the older setting.
 @pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")
-def test_the_older_of_torchs_settings_counts_too() -> None:
-    found = []
-    for name in ("highest", "high", "medium", "highest"):  # the last as at first
+def test_set_float32_matmul_precision_counts() -> None:
+    products = []
+    for name in ("highest", "high", "medium", "highest"):  # ends with the default
         torch.set_float32_matmul_precision(name)
-        found.append(precision.resolve_product(None, CUDA, [SINGLE]))
-    assert found == ["ieee", "tf32", "tf32", "ieee"]
+        products.append(precision.resolve_product(None, CUDA, [SINGLE]))
+    assert products == ["ieee", "tf32", "tf32", "ieee"]
 
 
-def test_the_setting_of_all_backends_counts_too() -> None:
-    found = []
+def test_the_setting_of_all_backends_counts() -> None:
+    products = []
     for name in ("ieee", "tf32"):
         torch.backends.fp32_precision = name
-        found.append(precision.resolve_product(None, CUDA, [SINGLE]))
-    assert found == ["ieee", "tf32"]
+        products.append(precision.resolve_product(None, CUDA, [SINGLE]))
+    assert products == ["ieee", "tf32"]
 
 
 # -- the setting is restored ------------------------------------------------------------------------------------
@@ -103,17 +110,17 @@ def test_the_setting_of_all_backends_counts_too() -> None:
 @pytest.mark.parametrize(
     ("product", "within"), [("ieee", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")], ids=["ieee", "tf32", "bf16"]
 )
-def test_products_are_formed_as_asked_and_the_setting_comes_back(
+def test_products_are_formed_as_requested_and_the_setting_is_restored(
     product: str, within: str, before: str
 ) -> None:
     matmul.fp32_precision = before
     with precision.exact_products(product, CUDA):
-        found = matmul.fp32_precision
-    assert (found, matmul.fp32_precision) == (within, before)
+        actual = matmul.fp32_precision
+    assert (actual, matmul.fp32_precision) == (within, before)
 
 
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
-def test_the_setting_comes_back_after_an_error(before: str) -> None:
+def test_the_setting_is_restored_after_an_error(before: str) -> None:
     matmul.fp32_precision = before
     with pytest.raises(ZeroDivisionError), precision.exact_products("ieee", CUDA):
         raise ZeroDivisionError
@@ -134,7 +141,7 @@ def test_an_inherited_setting_stays_inherited(product: str) -> None:
         torch.backends.fp32_precision = before
 
 
-def test_the_cpus_products_leave_the_setting_alone() -> None:
+def test_products_on_the_cpu_leave_the_setting_alone() -> None:
     matmul.fp32_precision = "tf32"
     with precision.exact_products("ieee", CPU):
         assert matmul.fp32_precision == "tf32"
@@ -150,7 +157,7 @@ def test_autocast_is_off_within_and_on_again_after() -> None:
 
 # -- rounding of operands ---------------------------------------------------------------------------------------
 
-# Bits of mantissa behind the leading one, of 23, and whether a tie goes to the even neighbour or away from zero.
+# Bits of the mantissa that are kept, of 23, and whether a tie goes to the even neighbour or away from zero.
 PRODUCTS = {"tf32": (10, "away"), "bf16": (7, "even")}
 every_product = pytest.mark.parametrize("product", PRODUCTS)
 
@@ -162,17 +169,17 @@ def from_bits(*bits: int) -> Tensor:
 
 
 def nearest(x: Tensor, product: str) -> Tensor:
-    """Finite numbers of float32 rounded to nearest, in float64: not by their bits."""
+    """Finite float32 values rounded to nearest, by arithmetic in float64 instead of on bits."""
     mantissa, ties = PRODUCTS[product]
     wide = x.double()
     exponent = (
         wide.abs().clamp_min(2.0**-126).log2().floor()
-    )  # of subnormal numbers that of the smallest normal one
+    )  # of a subnormal: that of the smallest normal value
     exponent -= (2.0**exponent > wide.abs().clamp_min(2.0**-126)).double()  # the logarithm is rounded
     unit = 2.0 ** (exponent - mantissa)
     units = wide / unit
     whole = units.round() if ties == "even" else (units.abs() + 0.5).floor().copysign(units)
-    return (whole * unit).float()  # 2^128, which some round to, is infinite
+    return (whole * unit).float()  # 2^128 becomes infinite
 
 
 def patterns() -> dict[str, Tensor]:
@@ -197,15 +204,15 @@ def patterns() -> dict[str, Tensor]:
 def test_operands_are_rounded_to_nearest(kind: str, product: str) -> None:
     x = patterns()[kind]
     assert x.isfinite().all()
-    found, truth = precision.round_operand(x, product), nearest(x, product)
-    assert found.dtype == torch.float32
+    rounded, truth = precision.round_operand(x, product), nearest(x, product)
+    assert rounded.dtype == torch.float32
     # Bit for bit, so that the sign of zero counts.
-    assert torch.equal(found.view(torch.int32), truth.view(torch.int32))
+    assert torch.equal(rounded.view(torch.int32), truth.view(torch.int32))
 
 
 @every_product
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0xFF800001], ids=hex)
-@pytest.mark.parametrize("copies", [1, 64], ids=["one", "many"])  # vectorised loops have code of their own
+@pytest.mark.parametrize("copies", [1, 64], ids=["one", "many"])  # vectorised loops are separate code
 def test_nan_of_any_bits_stays_nan(copies: int, bits: int, product: str) -> None:
     assert precision.round_operand(from_bits(*[bits] * copies), product).isnan().all()
 
@@ -231,7 +238,7 @@ def test_rounding_leaves_its_argument_alone(product: str) -> None:
     assert torch.equal(x, before)
 
 
-# -- the dual side subtracts what its product used --------------------------------------------------------------
+# -- the dual side subtracts the variances of the rounded operand ------------------------------------------------
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one block", "several"])
@@ -239,8 +246,8 @@ def test_rounding_leaves_its_argument_alone(product: str) -> None:
 def test_rounded_operand_has_its_own_variances(
     product: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What the dual computes with a faster product is, but for float32's own rounding, the covariance of the rounded
-    # operand.  On decorrelated features the exact variances in place of the operand's are 500 u ||C||^2 / D off.
+    # With a faster product the dual side computes the covariance of the rounded operand, up to float32's own rounding.
+    # On decorrelated features, exact variances instead of the operand's would make an error of 500 u ||C||^2 / D.
     N, D, spare = 384, 512, 1 << 30
     assert uses_dual(1, N, D)
     if several:
@@ -249,21 +256,21 @@ def test_rounded_operand_has_its_own_variances(
         assert [len(parts) > 1 for _, parts in blocks.blocks(1, N, D, buffers, spare)] == [several]
     z = (torch.linalg.qr(torch.randn(D, N, dtype=torch.float64))[0].T * 20).float()
     views = [Rows(z[None])]
-    values, statistics = terms.terms(views, ONE_VIEW, product, spare)
-    found = torch.empty(1, N, D)
+    values, statistics = forward.terms(views, ONE_VIEW, product, spare)
+    grad = torch.empty(1, N, D)
     upstream = [None, None, torch.tensor(1.0)]
-    gradient.gradient(views, ONE_VIEW, product, spare, statistics, upstream, [found], add=False)
+    backward.gradient(views, ONE_VIEW, product, spare, statistics, upstream, [grad], add=False)
 
     hi, lo = statistics.moments[:2, 0, 0]
     assert ((hi.double() + lo - z.double().mean(0)).abs() <= U * z.abs().amax(0)).all()
     o = precision.round_operand(z - hi - lo, product).double()
     C = o.T @ o / (N - 1)
     C0 = C - C.diagonal().diag()
-    # Both of what is subtracted are sums in float32: 4 u of a value; of a gradient, two products of up to 512 terms,
-    # of which 5 u were measured.
+    # Both sums of the subtraction are in float32: 4 u of a value.  A gradient is a difference of two products of up to
+    # 512 terms: 5 u were measured.
     assert abs(float(values[2]) - float(C0.square().sum()) / D) <= 4 * U * float(C.square().sum()) / D
     scale = 4 / (D * (N - 1))
-    assert float((found[0] - scale * o @ C0).norm()) <= 16 * U * float((scale * o @ C).norm())
+    assert float((grad[0] - scale * o @ C0).norm()) <= 16 * U * float((scale * o @ C).norm())
 
 
 # -- types of inputs, sums and gradients ------------------------------------------------------------------------
@@ -296,7 +303,7 @@ def test_one_float64_input_makes_float64_losses(shape: tuple[int, int]) -> None:
     true_values, true_gradients = evaluate(reference.vicreg_terms, x.double(), y, 0.0)
     assert_exact([*values, *(g for _, g in gradients)], [*true_values, *(t for _, t in true_gradients)])
     for (g, _), (t, _) in zip(gradients, true_gradients, strict=True):
-        # Of x: right to 1e-10, then rounded to float32.
+        # The gradient of x is exact to 1e-10 and then rounded to float32.
         assert ((g - t).abs() <= 1.01 * U * t.abs()).all()
 
 

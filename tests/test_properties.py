@@ -1,7 +1,7 @@
-"""What must hold whatever the data: each property takes the fast path's changed input to the reference's changed result.
+"""Properties that hold for all data: the fast path of a transformed input equals the transformed result of the reference.
 
-Shapes are drawn so that every way to the covariance occurs: D x D of few features, D x D of many features and about
-as many samples, and N x N.
+Drawn shapes cover each way to compute the covariance: D x D of few features, D x D of many features and about as many
+samples, and N x N.
 """
 
 import itertools
@@ -49,7 +49,7 @@ every_side = pytest.mark.parametrize("side", SIDES)
 
 @st.composite
 def views(draw: st.DrawFn, side: str) -> tuple[Tensor, Tensor]:
-    """x and y (N, D): multiples of 2^-20, so that adding another one below 2^20 rounds nothing."""
+    """x and y (N, D): multiples of 2^-20, so that adding another multiple below 2^20 is exact."""
     N, D = draw(SIDES[side])
     assert uses_dual(1, N, D) == (side == "dual")
     generator = torch.Generator().manual_seed(draw(seeds))
@@ -88,7 +88,7 @@ def test_order_of_the_samples_does_not_matter(side: str, data: st.DataObject, se
 @every_side
 @quick
 @given(data=st.data(), seed=seeds)
-def test_one_vector_added_to_all_samples_does_not_matter(side: str, data: st.DataObject, seed: int) -> None:
+def test_a_vector_added_to_both_views_does_not_matter(side: str, data: st.DataObject, seed: int) -> None:
     x, y = data.draw(views(side))
     # Up to a million standard deviations, of either sign.
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def test_a_vector_added_to_one_view_changes_invariance_only(side: str, data: st.
 @every_side
 @quick
 @given(data=st.data())
-def test_views_may_change_places(side: str, data: st.DataObject) -> None:
+def test_views_may_be_swapped(side: str, data: st.DataObject) -> None:
     x, y = data.draw(views(side))
     values, gradients = evaluate(functional.vicreg_terms, y, x)
     true_values, true_gradients = evaluate(reference.vicreg_terms, x, y)
@@ -162,48 +162,48 @@ def maps(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 def permuted(patches: int, seed: int) -> tuple[Tensor, Tensor]:
-    """An order of the patches, and where each patch is in it."""
+    """A permutation of the patches, and its inverse."""
     order = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
     return order, order.argsort()
 
 
 @quick
 @given(maps(), seeds)
-def test_candidates_in_another_order_are_found_where_they_are(ab: tuple[Tensor, Tensor], seed: int) -> None:
+def test_permuted_candidates_have_permuted_indices(ab: tuple[Tensor, Tensor], seed: int) -> None:
     queries, candidates = ab
-    order, place = permuted(candidates.shape[1], seed)
-    found = functional.match_patches(queries, candidates[:, order])
+    order, inverse = permuted(candidates.shape[1], seed)
+    matches = functional.match_patches(queries, candidates[:, order])
     query, candidate = reference.match(queries, candidates, queries.shape[1])
-    assert torch.equal(found.query_index, query)
-    assert torch.equal(found.candidate_index, place[candidate])
+    assert torch.equal(matches.query_index, query)
+    assert torch.equal(matches.candidate_index, inverse[candidate])
 
 
 @quick
 @given(maps(), seeds)
-def test_queries_in_another_order_are_listed_by_their_new_numbers(ab: tuple[Tensor, Tensor], seed: int) -> None:
+def test_permuted_queries_have_permuted_indices(ab: tuple[Tensor, Tensor], seed: int) -> None:
     queries, candidates = ab
-    order, place = permuted(queries.shape[1], seed)
-    found = functional.match_patches(queries[:, order], candidates)
+    order, inverse = permuted(queries.shape[1], seed)
+    matches = functional.match_patches(queries[:, order], candidates)
     query, candidate = reference.match(queries, candidates, queries.shape[1])
-    assert torch.equal(found.query_index, place[query])
-    assert torch.equal(found.candidate_index, candidate)
+    assert torch.equal(matches.query_index, inverse[query])
+    assert torch.equal(matches.candidate_index, candidate)
 
 
 @quick
 @given(maps(), st.integers(-(2**10), 2**10))
-def test_matches_move_with_both_maps(ab: tuple[Tensor, Tensor], far: int) -> None:
+def test_a_vector_added_to_both_maps_does_not_change_matches(ab: tuple[Tensor, Tensor], far: int) -> None:
     queries, candidates = ab
-    found = functional.match_patches(queries + far, candidates + far)
+    matches = functional.match_patches(queries + far, candidates + far)
     query, candidate = reference.match(queries, candidates, queries.shape[1])
-    assert torch.equal(found.query_index, query)
-    assert torch.equal(found.candidate_index, candidate)
+    assert torch.equal(matches.query_index, query)
+    assert torch.equal(matches.candidate_index, candidate)
 
 
 # -- no value is read -------------------------------------------------------------------------------------------
 
 
 def meta(*shape: int) -> Tensor:
-    """A tensor without data: whoever reads a value of it raises."""
+    """A tensor without data: reading a value of it raises."""
     return torch.empty(shape, device="meta")
 
 
@@ -243,7 +243,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]]
 @pytest.mark.parametrize("channels", [4, 80])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_gradients_read_no_value(name: str, channels: int) -> None:
-    """On a device the host would wait for it."""
+    """On a GPU the host would wait for the value."""
     x1, x2 = meta(6, 9, channels).requires_grad_(), meta(6, 7, channels).requires_grad_()
     loss = LOSSES[name](x1, x2, meta(6, 9, 2), meta(6, 7, 2))["loss"]
     torch.autograd.grad(loss, (x1, x2))

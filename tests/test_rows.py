@@ -1,4 +1,4 @@
-"""Rows that problems are made of: what is read, where gradients go, in any layout and in any blocks."""
+"""Rows: which elements are read, and where gradients are added, in any layout and any blocks."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from vicreg_fast.sides import keeps_moments, uses_dual
 from .data import assert_exact
 
 IMAGES, PATCHES, MATCHES = 6, 15, 14
-# (P, N) of the matched rows; of 600 channels per slot the forward pass keeps nothing but M.
+# (P, N) of the matched rows.  At 600 channels per slot the forward pass saves M and no moments.
 PROBLEMS = {"image": (IMAGES, MATCHES), "slot": (MATCHES, IMAGES)}
 CHANNELS = {"dual": 600, "primal": 4}
 
@@ -23,18 +23,18 @@ def test_shapes_are_of_both_sides() -> None:
     for P, N in PROBLEMS.values():
         for side, D in CHANNELS.items():
             assert uses_dual(P, N, D) == (side == "dual")
-    kept = {statistics: keeps_moments(*PN, CHANNELS["dual"]) for statistics, PN in PROBLEMS.items()}
-    assert kept == {"image": True, "slot": False}
+    saved = {statistics: keeps_moments(*PN, CHANNELS["dual"]) for statistics, PN in PROBLEMS.items()}
+    assert saved == {"image": True, "slot": False}
 
 
-def test_what_is_read_is_added_back() -> None:
+def test_add_is_the_adjoint_of_read() -> None:
     source = torch.randint(-9, 10, (4, 6, 5)).float()  # sums of integers are exact
     patch = torch.tensor([[0, 3, 3], [5, 1, 0], [2, 2, 2], [4, 0, 1]])
-    for rows in (Rows(source, patch), Rows(source, patch.t(), across=True)):
+    for rows in (Rows(source, patch), Rows(source, patch.t(), per_slot=True)):
         total = torch.zeros_like(source)
         rows.add(total, WHOLE, rows.read(WHOLE))
-        times = torch.zeros(4, 6).scatter_add_(1, patch, torch.ones(4, 3))
-        assert torch.equal(total, source * times[..., None])
+        counts = torch.zeros(4, 6).scatter_add_(1, patch, torch.ones(4, 3))
+        assert torch.equal(total, source * counts[..., None])
 
 
 def channels_first(z: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("across", [False, True], ids=["image", "slot"])
+@pytest.mark.parametrize("per_slot", [False, True], ids=["image", "slot"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_read_their_part(layout: str, across: bool) -> None:
+def test_blocks_read_their_part(layout: str, per_slot: bool) -> None:
     z = torch.randn(4, 6, 10)
     patch = torch.randint(6, (4, 3))
-    rows = Rows(LAYOUTS[layout](z), patch.t() if across else patch, across)
+    rows = Rows(LAYOUTS[layout](z), patch.t() if per_slot else patch, per_slot)
     whole = torch.stack([image[chosen] for image, chosen in zip(z, patch, strict=True)])
-    whole = whole.transpose(0, 1) if across else whole
+    whole = whole.transpose(0, 1) if per_slot else whole
     assert torch.equal(rows.read(WHOLE), whole)
     block = Block(slice(1, 3), slice(0, 2), slice(4, 9))
     assert torch.equal(rows.read(block), whole[block])
@@ -95,7 +95,7 @@ def inputs(channels: int) -> tuple[list[Tensor], list[Tensor]]:
 
 def evaluate(loss: VICRegLLoss, maps: list[Tensor], locations: list[Tensor]) -> list[Tensor]:
     """The local loss and its gradients of both maps."""
-    leaves = [z.detach().requires_grad_() for z in maps]  # in the layout that they have
+    leaves = [z.detach().requires_grad_() for z in maps]  # detach() keeps the layout
     value = loss(*leaves, None, None, *locations)["loss"]
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
@@ -106,20 +106,20 @@ def truth(channels: int, statistics: str) -> list[Tensor]:
     return evaluate(loss, *inputs(channels))
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["one block", "several"])
+@pytest.mark.parametrize("cut", [False, True], ids=["one block", "several"])
 @pytest.mark.parametrize("side", CHANNELS)
 @pytest.mark.parametrize("statistics", PROBLEMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_local_loss(
-    layout: str, statistics: str, side: str, small: bool, monkeypatch: pytest.MonkeyPatch
+    layout: str, statistics: str, side: str, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     channels = CHANNELS[side]
-    if small:
+    if cut:
         monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 64)
         monkeypatch.setattr(blocks, "MIN_INNER", 256 if side == "dual" else 4)
         parts = [parts for _, parts in blocks.blocks(*PROBLEMS[statistics], channels, 8, 0)]
         assert all(len(part) > 1 for part in parts)
     maps, locations = inputs(channels)
     loss = VICRegLLoss(MATCHES, alpha=0.0, statistics=statistics, backend="aten")
-    found = evaluate(loss, [LAYOUTS[layout](z) for z in maps], locations)
-    assert_exact(found, truth(channels, statistics))
+    actual = evaluate(loss, [LAYOUTS[layout](z) for z in maps], locations)
+    assert_exact(actual, truth(channels, statistics))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import functional, reference
-from vicreg_fast.backends.aten import blocks, terms
+from vicreg_fast.backends.aten import blocks, forward
 from vicreg_fast.plan import ONE_VIEW
 from vicreg_fast.rows import Rows
 from vicreg_fast.sides import uses_dual
@@ -30,7 +30,7 @@ from .data import (
     tiny,
 )
 
-# Both sides of 64 features, from where many features and few samples are dual.
+# Below and above 64 features, the least at which a single problem may be dual.
 SIZES = (2, 3, 31, 33, 64, 65, 257)
 SHAPES = list(itertools.product(SIZES, SIZES))
 EPS = (0.0, 1e-4)
@@ -81,8 +81,8 @@ def test_hard_data(data: Callable[[int, int], Tensor], shape: tuple[int, int], e
 @both_sides(dual=[], primal=[(3000, 8), (2711, 23), (5000, 40)])
 @pytest.mark.parametrize("data", [outlier, first_row_outlier], ids=lambda data: data.__name__)
 def test_an_outlier_in_a_long_column(data: Callable[[int, int], Tensor], shape: tuple[int, int]) -> None:
-    # Equal terms but for one: rounding each before the product, by a factor that is no power of two, was 4 to 24 times
-    # eager's error.
+    # All terms of a sum but one are equal.  Scaling each term before the product by a factor that is not a power of two
+    # made 4 to 24 times eager's error.
     assert_as_good_as_eager(data(*shape).float(), data(*shape).float(), 0.0)
 
 
@@ -99,26 +99,26 @@ def test_hard_data_in_several_blocks(
 
 @both_sides(dual=[(33, 90), (31, 257)], primal=[(33, 64), (200, 64)])
 @pytest.mark.parametrize("data", [normal, *HARD], ids=lambda data: data.__name__)
-def test_gradients_that_are_differentiated_again_are_as_good(
+def test_gradients_with_create_graph_are_as_good_as_eager(
     data: Callable[[int, int], Tensor], shape: tuple[int, int]
 ) -> None:
     assert_as_good_as_eager(data(*shape).float(), data(*shape).float(), 0.0, create_graph=True)
 
 
 @either_gradient
-@pytest.mark.parametrize("D", [2, 65, 257, 5000])  # of 5000 columns the forward pass keeps nothing
+@pytest.mark.parametrize("D", [2, 65, 257, 5000])  # at 5000 columns the forward pass saves no moments
 @pytest.mark.parametrize("seed", range(4))
-def test_two_samples_closer_than_float32_can_square_have_their_gradient_from_the_variance(
+def test_gradient_from_the_variance_of_two_samples_whose_squared_distance_underflows(
     D: int, seed: int, create_graph: bool
 ) -> None:
     torch.manual_seed(seed)
     z = tiny(2, D).float()
     z.requires_grad_()
-    (found,) = torch.autograd.grad(functional.variance_covariance(z)[0], z, create_graph=create_graph)
+    (gradient,) = torch.autograd.grad(functional.variance_covariance(z)[0], z, create_graph=create_graph)
     wide = z.detach().double().requires_grad_()
     (truth,) = torch.autograd.grad(reference.variance(wide), wide)
-    # Roundings of each element, by u each: twice the centring, the root, its reciprocal, the slope and two products.
-    assert ((found - truth).abs() <= 8 * U * truth.abs()).all()
+    # Roundings of each element, u each: two centrings, the root, its reciprocal, the slope and two products.
+    assert ((gradient - truth).abs() <= 8 * U * truth.abs()).all()
 
 
 @either_gradient
@@ -141,7 +141,7 @@ def test_constant_column_has_zero_variance_across_blocks(N: int, monkeypatch: py
     monkeypatch.setattr(blocks, "CACHE_ELEMENTS", 1)
     assert all(len(parts) > 1 for _, parts in blocks.blocks(1, N, 3, 2, 0))
     z = (torch.rand(3) * 10 + 0.1).expand(N, 3).clone()
-    _, statistics = terms.terms([Rows(z[None])], ONE_VIEW, "ieee", 0)
+    _, statistics = forward.terms([Rows(z[None])], ONE_VIEW, "ieee", 0)
     assert torch.count_nonzero(statistics.moments[2]) == 0
 
 
@@ -165,16 +165,16 @@ def test_one_feature_whose_variance_overflows_makes_the_covariance_infinite(shap
 @either_gradient
 @overflowing
 @pytest.mark.parametrize("name", ["inv", "var"])
-def test_covariance_that_overflows_spoils_no_other_gradient(
+def test_covariance_that_overflows_leaves_the_other_gradients_right(
     name: str, shape: tuple[int, int], create_graph: bool
 ) -> None:
     x, y = ((1e15 * normal(*shape)).float().requires_grad_() for _ in range(2))
     value = getattr(functional.vicreg_terms(x, y), name)
-    found = torch.autograd.grad(value, (x, y), create_graph=create_graph)
+    grads = torch.autograd.grad(value, (x, y), create_graph=create_graph)
     wide = [z.detach().double().requires_grad_() for z in (x, y)]
     truth = torch.autograd.grad(getattr(reference.vicreg_terms(*wide), name), wide)
-    for g, t in zip(found, truth, strict=True):
-        # A difference and three products or quotients; the variance is far above gamma, and its gradient zero.
+    for g, t in zip(grads, truth, strict=True):
+        # A difference and three products or quotients.  The variance is far above gamma: its gradient is zero.
         assert ((g - t).abs() <= 4 * U * t.abs()).all()
 
 
@@ -209,7 +209,7 @@ def test_expanded_input(shape: tuple[int, int]) -> None:
     assert_exact(values, truth)
     assert_exact([gradients[0][0]], [true_gradients[0][0]])
     assert_exact([g for _, g in gradients], [t for _, t in true_gradients])
-    # All rows of x are one: only its difference from y has a gradient, where the reference has roundings of the mean.
+    # All rows of x are equal: variance and covariance have no gradient there.  The reference has rounding noise instead.
     assert [int(torch.count_nonzero(g)) for g, _ in gradients[1:]] == [0, 0]
 
 
@@ -228,8 +228,8 @@ def test_leading_dimensions_are_problems_and_are_averaged(shape: tuple[int, int,
 
 def test_several_leading_dimensions_are_as_many_problems() -> None:
     x, y = torch.randn(2, 2, 3, 9, 70, dtype=torch.float64)
-    found = evaluate(functional.vicreg_terms, x, y, 0.0)
-    assert_exact(flat(found), flat(evaluate(reference.vicreg_terms, x, y, 0.0)))
+    actual = evaluate(functional.vicreg_terms, x, y, 0.0)
+    assert_exact(flat(actual), flat(evaluate(reference.vicreg_terms, x, y, 0.0)))
 
 
 @both_sides(dual=[(20, 70)], primal=[(20, 9), (9, 20)])
@@ -238,18 +238,18 @@ def test_one_input_without_gradient(shape: tuple[int, int], which: str) -> None:
     x, y = normal(*shape), normal(*shape)
     leaf = (x if which == "x" else y).requires_grad_()
     inv, var, cov = functional.vicreg_terms(x, y)
-    found = torch.autograd.grad(2 * inv + 3 * var + 5 * cov, leaf)
+    grads = torch.autograd.grad(2 * inv + 3 * var + 5 * cov, leaf)
     inv, var, cov = reference.vicreg_terms(x, y)
-    assert_exact(found, torch.autograd.grad(2 * inv + 3 * var + 5 * cov, leaf))
+    assert_exact(grads, torch.autograd.grad(2 * inv + 3 * var + 5 * cov, leaf))
 
 
 @both_sides(dual=[(20, 70)], primal=[(20, 30)])
 def test_upstream_gradient_of_any_layout(shape: tuple[int, int]) -> None:
     x, y = normal(*shape).requires_grad_(), normal(*shape)
     mixing = torch.randn(7, 3, dtype=torch.float64)
-    found = torch.autograd.grad((mixing @ torch.stack(functional.vicreg_terms(x, y))).square().sum(), x)
+    grads = torch.autograd.grad((mixing @ torch.stack(functional.vicreg_terms(x, y))).square().sum(), x)
     truth = torch.autograd.grad((mixing @ torch.stack(reference.vicreg_terms(x, y))).square().sum(), x)
-    assert_exact(found, truth)
+    assert_exact(grads, truth)
     expanded = torch.autograd.grad(functional.vicreg_terms(x, y).cov.expand(4, 5).sum(), x)
     assert_exact(expanded, torch.autograd.grad(20 * reference.vicreg_terms(x, y).cov, x))
 

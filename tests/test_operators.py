@@ -1,0 +1,154 @@
+"""The registered operators: torch.library.opcheck of each of them, and that none writes to its inputs.
+
+test_compile.py checks schema and fake implementation of ``terms`` and ``gradient`` on views of every layout and side.
+Here all operators are traced as well, with static and with dynamic shapes.  test_autograd_registration is left out: the
+operators have no autograd formulas of their own, vicreg_fast.autograd differentiates around them.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vicreg_fast import operators  # noqa: F401  registers the operators
+from vicreg_fast.plan import ONE_VIEW, TWO_VIEWS, Plan, local_views
+from vicreg_fast.sides import uses_dual
+
+from .data import seeded_randn
+
+B, P1, P2 = 4, 9, 8
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+# Dynamo itself creates the instance that torch.autograd.Function warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def views(*shape: int) -> list[Tensor]:
+    return [seeded_randn(*shape, seed=seed) for seed in (1, 2)]
+
+
+def local(
+    counts: tuple[int, int], per_slot: bool, channels: int = 6
+) -> tuple[Plan, list[Tensor], list[Tensor]]:
+    maps, locations = ([seeded_randn(B, P, d, seed=P + d) for P in (P1, P2)] for d in (channels, 2))
+    return local_views(counts)._replace(per_slot=per_slot), maps, locations
+
+
+# Plan, sources, locations.
+CASES: dict[str, tuple[Plan, list[Tensor], list[Tensor]]] = {
+    "primal": (TWO_VIEWS, views(16, 6), []),
+    "dual": (TWO_VIEWS, views(6, 80), []),
+    "dual-without-moments": (TWO_VIEWS, views(2, 9000), []),
+    "one-view": (ONE_VIEW, views(16, 6)[:1], []),
+    "variance": (ONE_VIEW._replace(covariance=False), views(16, 6)[:1], []),
+    "inference": (TWO_VIEWS._replace(save_for_backward=False), views(16, 6), []),
+    "image": local((3, 3), per_slot=False),
+    "image-unequal": local((8, 3), per_slot=False),
+    "image-primal": local((5, 5), per_slot=False, channels=3),
+    "slot": local((3, 3), per_slot=True),
+    "slot-unequal": local((3, 7), per_slot=True),
+    "slot-patch-order": (
+        local((3, 3), per_slot=True)[0]._replace(match_order="patch"),
+        *local((3, 3), True)[1:],
+    ),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+DIFFERENTIABLE = [name for name in CASES if name != "inference"]
+
+
+def constants(plan: Plan) -> list[Any]:
+    """The plan as the operators' schemas take it."""
+    return [list(value) if isinstance(value, tuple) else value for value in plan]
+
+
+def terms_arguments(name: str) -> list[Any]:
+    plan, sources, locations = CASES[name]
+    return [sources, locations, *constants(plan)]
+
+
+def gradient_arguments(name: str, needs: list[bool] | None = None) -> list[Any]:
+    """Arguments of ``gradient`` after the case's ``terms``, with an upstream gradient of each term but the first."""
+    plan, sources, _ = CASES[name]
+    results = torch.ops.vicreg_fast.terms(*terms_arguments(name))
+    saved = results[plan.outputs :]
+    match_index = saved.pop(0) if plan.match_counts else None
+    upstream: list[Tensor | None] = [torch.tensor(1.0 + k) for k in range(3 * len(plan.group_sizes))]
+    upstream[0] = None
+    return [sources, match_index, saved, upstream, needs or [True] * len(sources), *constants(plan)]
+
+
+def match_arguments(channels: int, m: int) -> list[Any]:
+    return [*(seeded_randn(B, P, channels, seed=P) for P in (P1, P2)), m, "aten"]
+
+
+def distance_arguments() -> list[Any]:
+    queries, candidates, m, backend = match_arguments(6, 3)
+    return [queries, candidates, torch.ops.vicreg_fast.match(queries, candidates, m, backend), backend]
+
+
+def test_cases_are_of_both_sides() -> None:
+    sides = {uses_dual(*rows.shape) for name in ("primal", "dual") for _, rows in groups_of(name)}
+    assert sides == {False, True}
+    assert not any(uses_dual(*rows.shape) for _, rows in groups_of("image-primal"))
+    assert all(uses_dual(*rows.shape) for _, rows in groups_of("image"))
+
+
+def groups_of(name: str) -> list[Any]:
+    plan, sources, _ = CASES[name]
+    index = torch.ops.vicreg_fast.terms(*terms_arguments(name))[plan.outputs] if plan.match_counts else None
+    return [view for group in plan.groups(sources, index) for view in group]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@every_case
+def test_opcheck_terms(name: str, check: str) -> None:
+    torch.library.opcheck(torch.ops.vicreg_fast.terms, terms_arguments(name), test_utils=check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_opcheck_gradient(name: str, check: str) -> None:
+    torch.library.opcheck(torch.ops.vicreg_fast.gradient, gradient_arguments(name), test_utils=check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("channels", [2, 6])
+@pytest.mark.parametrize("m", [1, P1])
+def test_opcheck_match(m: int, channels: int, check: str) -> None:
+    torch.library.opcheck(torch.ops.vicreg_fast.match, match_arguments(channels, m), test_utils=check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_opcheck_match_distances(check: str) -> None:
+    torch.library.opcheck(torch.ops.vicreg_fast.match_distances, distance_arguments(), test_utils=check)
+
+
+# -- inputs are not written to ----------------------------------------------------------------------------------
+
+CALLS = {
+    **{f"terms-{name}": lambda name=name: ("terms", terms_arguments(name)) for name in CASES},
+    **{f"gradient-{name}": lambda name=name: ("gradient", gradient_arguments(name)) for name in DIFFERENTIABLE},
+    "gradient-of-one-view": lambda: ("gradient", gradient_arguments("dual", [True, False])),
+    "match-locations": lambda: ("match", match_arguments(2, 5)),
+    "match-features": lambda: ("match", match_arguments(6, 5)),
+    "match_distances": lambda: ("match_distances", distance_arguments()),
+}
+
+
+def tensors_of(arguments: list[Any]) -> list[Tensor]:
+    flat = [z for argument in arguments for z in (argument if isinstance(argument, list) else [argument])]
+    return [z for z in flat if isinstance(z, Tensor)]
+
+
+def storage_bytes(z: Tensor) -> Tensor:
+    """Every byte of a tensor's storage, also those outside the view."""
+    return torch.empty(0, dtype=torch.uint8).set_(z.untyped_storage()).clone()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_no_operator_writes_to_its_inputs(call: Any) -> None:
+    name, arguments = call()
+    tensors = tensors_of(arguments)
+    before = [storage_bytes(z) for z in tensors]
+    getattr(torch.ops.vicreg_fast, name)(*arguments)
+    assert all(torch.equal(storage_bytes(z), b) for z, b in zip(tensors, before, strict=True))
