@@ -9,7 +9,6 @@ from torch import Tensor
 from . import backends, checks, operators, reference
 from . import precision as policy
 from .autograd import Weight, WeightedTerms, weigh, weighted_terms
-from .backends.aten import nearest_patches
 from .plan import ONE_VIEW, TWO_VIEWS, local_views
 from .reference import VICRegTerms
 
@@ -122,29 +121,6 @@ def match_patches(
         matches = operators.match(queries, candidates, m, backend)
         query, candidate = matches.unbind()
         return PatchMatches(query, candidate, operators.match_distances(queries, candidates, matches, backend))
-
-
-def rows(maps: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, m) of maps (B, P, C), differentiable: (B, m, C)."""
-    return maps[torch.arange(maps.shape[0], device=maps.device)[:, None], index]
-
-
-def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
-    """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient.
-
-    For those who override what chooses from it: no backend needs it for itself.
-    """
-    with torch.no_grad(), policy.exact_products("ieee", queries.device):
-        if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":
-            return reference.distances(*accumulated(queries, candidates))
-        return nearest_patches.ordering(queries, candidates)
-
-
-def select_matches(distances: Tensor, num_matches: int, match_order: str = "distance") -> tuple[Tensor, Tensor]:
-    """Matches from a matrix of distances (B, P1, P2): (query, candidate), (B, m) each, nearest first."""
-    with torch.no_grad():
-        found = nearest_patches.Nearest(*nearest_patches.ordered(distances.clone()).min(dim=2))
-        return nearest_patches.select(found, num_matches, match_order)
 
 
 class Options(NamedTuple):
