@@ -161,7 +161,7 @@ def distance_matrix(queries: Tensor, candidates: Tensor, backend: str) -> Tensor
 
     The reference backend computes its own.  The ATen operators compute it for all others, which never hold it otherwise.
     """
-    with torch.no_grad(), policy.exact_products("ieee", queries.device):
+    with torch.no_grad(), policy.set_matmul_precision("ieee", queries.device):
         if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":
             return reference.distances(*functional.accumulated(queries, candidates))
         return nearest_patches.ordering(queries, candidates)

@@ -160,7 +160,7 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, x.device, (x.dtype, y.dtype))
     if backend == "reference":
-        with policy.exact_products("ieee", x.device):
+        with policy.set_matmul_precision("ieee", x.device):
             x, y = accumulated(x, y)
             return weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
     plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
@@ -172,7 +172,7 @@ def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tupl
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, z.device, (z.dtype,), covariance=covariance)
     if backend == "reference":
-        with policy.exact_products("ieee", z.device):
+        with policy.set_matmul_precision("ieee", z.device):
             z, _ = accumulated(z, z)
             return reference.variance(z, gamma, eps), reference.covariance(z)
     plan = ONE_VIEW._replace(gamma=gamma, eps=eps, precision=precision, covariance=covariance, backend=backend)
@@ -197,7 +197,7 @@ def local_terms(
     backend = backends.choose(backend, maps[0].device, [z.dtype for z in maps])
     locations = as_locations(*locations)
     if backend == "reference":
-        with policy.exact_products("ieee", maps[0].device):
+        with policy.set_matmul_precision("ieee", maps[0].device):
             x1, x2 = accumulated(*maps)
             found = reference.local_terms(x1, x2, *locations, counts, gamma, eps, statistics, match_order)
         location, feature = weigh(found.location, weights), weigh(found.feature, weights)
