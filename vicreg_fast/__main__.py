@@ -19,8 +19,7 @@ from torch import Tensor
 
 from . import VICRegLLoss, VICRegLoss, __version__, backends, functional
 
-# Allowed error relative to a result's scale.  In float32 it is a few roundings, because eager code may have an error of zero
-# by chance.
+# Allowed error relative to a result's scale.  In float32 it is a few roundings, because eager code may be exact by chance.
 _FLOORS = {torch.float64: 1e-10, torch.float32: 8 * 2.0**-24}
 _SECONDS = 3.0  # for the speed of one shape; a round is not interrupted
 _ROUNDS = 200  # at most: enough for a median

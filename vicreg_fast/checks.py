@@ -129,7 +129,7 @@ def num_matches(value: object, statistics: str) -> tuple[int, int] | None:
 
 
 def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers: bool = False) -> None:
-    """Floating tensors, or with ``integers`` also integer tensors, of ``ndim`` dimensions (None: at least two) on one device."""
+    """Floating tensors of ``ndim`` dimensions (None: at least two) on one device; ``integers``: or integer tensors."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} needs a tensor of shape {shape}, got {type(value).__name__}")
@@ -212,7 +212,7 @@ def local_inputs(
     num_matches: tuple[int, int] | None,
     statistics: str,
 ) -> tuple[int, int]:
-    """Both views' maps (B, P, C) and locations (B, P, 2) or (B, P, 3); returns the numbers of matches of both directions."""
+    """Both views' maps (B, P, C) and locations (B, P, 2) or (B, P, 3); returns the match counts of both directions."""
     (first, x1), (second, x2) = maps.items()
     patches((first, x1), (second, x2))
     counts = (x1.shape[1], x2.shape[1]) if num_matches is None else num_matches

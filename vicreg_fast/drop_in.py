@@ -39,7 +39,7 @@ def prefixed(prefix: str, losses: Losses) -> Losses:
 def representation_loss(x: Tensor, y: Tensor) -> Tensor:
     """Unweighted invariance term of two views of one shape: a scalar."""
     checks.views({"x": x, "y": y}, count_samples=False)
-    return invariance(x, y)
+    return mean_squared_difference(x, y)
 
 
 def variance_loss(x: Tensor, gamma: float) -> Tensor:
@@ -148,18 +148,18 @@ def _matched_patches(
     return gather_patches(queries, query), gather_patches(candidates, candidate)
 
 
-# -- the steps of matching that the fused computation does not separate --------------------------------------------
+# -- steps of the composition -------------------------------------------------------------------------------------
 
 
-def invariance(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference, in float32 at least."""
+def mean_squared_difference(x: Tensor, y: Tensor) -> Tensor:
+    """The invariance term of two views of one shape, in float32 at least."""
     return nn.functional.mse_loss(*functional.accumulated(x, y))
 
 
 def distance_matrix(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
     """The matrix (B, P1, P2) by which matches are ordered, in any unit; carries no gradient.
 
-    The reference backend computes its own.  The ATen operators compute it for all others, which never hold it otherwise.
+    The reference backend has its own definition.  All others share the ATen operators, because they never store the matrix.
     """
     with torch.no_grad(), policy.set_matmul_precision("ieee", queries.device):
         if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":

@@ -367,7 +367,7 @@ class VICRegLLoss(_Loss):
             x, y = x.transpose(0, 1), y.transpose(0, 1)
             checks.samples("x", x.shape[1])
         if drop_in.replaces(self, "variance_loss", "covariance_loss"):
-            return drop_in.composed(self, x, y, drop_in.invariance)
+            return drop_in.composed(self, x, y, drop_in.mean_squared_difference)
         return named(functional.two_view_terms(x, y, self._weights(), self._options()))
 
     neirest_neighbores = staticmethod(drop_in.neirest_neighbores)

@@ -7,8 +7,8 @@
     "bf16"   operands rounded to 7 bits of mantissa
 
 Only CUDA devices have matmuls of reduced precision.  On other devices every ``precision`` means "ieee".  The operand is
-rounded explicitly, because the hardware truncates.  The dual side would then subtract the diagonal of operands that no
-matmul used (140 % wrong on decorrelated features at N = D = 1024; 1e-4 when rounded to nearest).
+rounded explicitly, because the hardware truncates.  The dual side would then subtract the squares of other operands than
+those of the matmul (140 % wrong on decorrelated features at N = D = 1024; 1e-4 when rounded to nearest).
 """
 
 from collections.abc import Iterator, Sequence

@@ -67,7 +67,7 @@ def gradient(
         for k, group in enumerate(plan.groups(sources, match_index)):
             views = [rows.read(WHOLE).to(dtype) for _, rows in group]
             normalisation = Normalisation(len(views), len(plan.pair_list), *views[0].shape)
-            # The upstream gradients of the unweighted terms, then of the sums whose means the terms are.
+            # Upstream gradients of the unweighted terms, then the scales of :func:`_statistics_gradient`.
             inv, var, cov = (
                 _scaled(grad, weight)
                 for grad, weight in zip(upstream[3 * k : 3 * k + 3], plan.weights, strict=True)
