@@ -211,7 +211,7 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
     matches = triton_backend.match(sources, locations, maps.counts, "distance", False)
     triton_backend.match(sources, locations, maps.counts, "patch", True)
     features_alone = triton_backend.match(sources, [], maps.counts[:1], "distance", False)
-    one_direction = features_alone.index.view(2, maps.B, maps.counts[0])
+    one_direction = features_alone.match_index.view(2, maps.B, maps.counts[0])
     triton_backend.match_distances(sources[0], sources[1], one_direction)
     plan = local_views(maps.counts)._replace(precision=precision)
     triton_backend.terms(plan._replace(save_for_backward=False), sources, matches)
@@ -222,7 +222,7 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
         (ups, [False, True]),
         ([None, None, *ups[2:]], [True, False]),
     ):
-        triton_backend.gradient(plan, sources, matches.index, results[plan.outputs :], upstream, needs)
+        triton_backend.gradient(plan, sources, matches.match_index, results[plan.outputs :], upstream, needs)
 
 
 def variants(target: str) -> Iterator[Variant]:

@@ -27,7 +27,7 @@ def kernels_run(backend, *dtypes):
 def both_directions(queries, candidates, m, order, backend):
     """At most m matches of each direction: query and candidate of queries -> candidates, then of candidates -> queries."""
     counts = [min(m, z.shape[1]) for z in (queries, candidates)]
-    index = backends.module(backend).match((queries, candidates), (), counts, order, False).index
+    index = backends.module(backend).match((queries, candidates), (), counts, order, False).match_index
     directions = index.split([2 * len(queries) * count for count in counts])
     return [side for direction in directions for side in direction.view(2, len(queries), -1)]
 

@@ -70,7 +70,7 @@ def test_product_of_a_gpu(
 ) -> None:
     matmul.fp32_precision = setting_of_torch
     assert (
-        precision.resolve_product(requested, CUDA, types)
+        precision.resolve_matmul_precision(requested, CUDA, types)
         == MEANINGS[kind][requested][setting_of_torch == "tf32"]
     )
 
@@ -82,7 +82,7 @@ def test_other_devices_have_one_product(
     device: str, types: tuple[torch.dtype, ...], requested: str | None
 ) -> None:
     matmul.fp32_precision = "tf32"
-    assert precision.resolve_product(requested, torch.device(device), types) == "ieee"
+    assert precision.resolve_matmul_precision(requested, torch.device(device), types) == "ieee"
 
 
 # Some builds of torch warn of the older setting.
@@ -91,7 +91,7 @@ def test_set_float32_matmul_precision_counts() -> None:
     products = []
     for name in ("highest", "high", "medium", "highest"):  # ends with the default
         torch.set_float32_matmul_precision(name)
-        products.append(precision.resolve_product(None, CUDA, [SINGLE]))
+        products.append(precision.resolve_matmul_precision(None, CUDA, [SINGLE]))
     assert products == ["ieee", "tf32", "tf32", "ieee"]
 
 
@@ -99,7 +99,7 @@ def test_the_setting_of_all_backends_counts() -> None:
     products = []
     for name in ("ieee", "tf32"):
         torch.backends.fp32_precision = name
-        products.append(precision.resolve_product(None, CUDA, [SINGLE]))
+        products.append(precision.resolve_matmul_precision(None, CUDA, [SINGLE]))
     assert products == ["ieee", "tf32"]
 
 

@@ -1,4 +1,4 @@
-"""``python -m vicreg_fast``: what this machine is, whether the losses are right on it, and how fast, in a minute."""
+"""``python -m vicreg_fast``: versions, devices and backends, parity with the definition, and speed, in about a minute."""
 
 import argparse
 import math
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import VICRegLLoss, VICRegLoss, __version__, backends, functional
 
-# What is allowed, of a result's scale; in float32, where eager code is right by luck: a few roundings.
+# Allowed error relative to a result's scale.  In float32 it is a few roundings, because eager code may be exact by chance.
 _FLOORS = {torch.float64: 1e-10, torch.float32: 8 * 2.0**-24}
-_SECONDS = 3.0  # for the speed of one shape; a round that has begun is finished
-_ROUNDS = 200  # enough for a median
+_SECONDS = 3.0  # for the speed of one shape; a round is not interrupted
+_ROUNDS = 200  # at most: enough for a median
 
 
 class Case(NamedTuple):
@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return local if self.matches else f"VICReg {name}"
 
 
-_PARITY = [Case(shape) for shape in ((2, 70), (8, 80), (80, 100), (33, 257))]  # dual: an N x N product
+_PARITY = [Case(shape) for shape in ((2, 70), (8, 80), (80, 100), (33, 257))]  # dual: N x N
 _PARITY += [Case(shape) for shape in ((8, 16), (16, 8), (81, 100), (64, 64), (257, 33))]  # primal: D x D
 _PARITY += [Case(shape) for shape in ((2, 1), (33, 1), (5, 33, 20), (3, 2, 9, 40))]  # one feature; batched
 _PARITY += [Case(shape, eps=1e-4) for shape in ((64, 32), (32, 80), (4, 7, 12))]
@@ -52,17 +52,17 @@ _SPEED += [Case((8, 49, 49, 128), 10)]
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Two views, the second a noisy copy of the first, and any locations: the same numbers in every type."""
+    """Two views, the second a noisy copy of the first, and locations for local cases: the same values in every type."""
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     B, P1, P2, C = case.shape if case.matches else (1, 1, 1, 1)
     x = 0.7 * normal((B, max(P1, P2), C) if case.matches else case.shape)
     y = x + 0.1 * normal(x.shape)
     inputs = [x[:, :P1], y[:, :P2], normal((B, P1, 2)), normal((B, P2, 2))] if case.matches else [x, y]
-    return [z.to(device, dtype).detach().requires_grad_(k < 2) for k, z in enumerate(inputs)]
+    return [z.to(device, dtype).detach().requires_grad_(index < 2) for index, z in enumerate(inputs)]
 
 
 def _losses(case: Case, backend: str) -> Callable[..., dict[str, Tensor]]:
-    """The loss as users call it; "reference" is eager code by the definition."""
+    """The loss as users call it.  The backend "reference" is the definition in eager code."""
     options: dict[str, Any] = {"eps": case.eps, "backend": backend, "precision": "highest"}
     if case.matches:
         options |= {"statistics": case.statistics, "match_order": case.match_order}
@@ -76,41 +76,41 @@ def _losses(case: Case, backend: str) -> Callable[..., dict[str, Tensor]]:
 def _evaluate(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Every loss and its gradient, by name, in float64 on the CPU."""
     inputs = _inputs(case, dtype, device)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name, value in _losses(case, backend)(*inputs).items():
-        gradients = torch.autograd.grad(value, inputs[:2], retain_graph=True, materialize_grads=True)
-        found |= {name: value.detach(), f"gradient of {name}": torch.cat([g.flatten() for g in gradients])}
-    return {name: result.cpu().double() for name, result in found.items()}
+        grads = torch.autograd.grad(value, inputs[:2], retain_graph=True, materialize_grads=True)
+        results |= {name: value.detach(), f"gradient of {name}": torch.cat([grad.flatten() for grad in grads])}
+    return {name: result.cpu().double() for name, result in results.items()}
 
 
 def _ratio(error: float, allowed: float) -> float:
-    """How far an error exhausts what is allowed; infinite for NaN, and for any error where none is."""
+    """An error relative to what is allowed; infinite for NaN, and for any error if none is allowed."""
     return 0.0 if error == 0 else error / allowed if error < math.inf and allowed > 0 else math.inf
 
 
 def _check(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float, str]:
-    """The worst result in one type, judged by the definition in float64 on the CPU.
+    """The worst result in one type, compared with the definition in float64 on the CPU.
 
-    Its error relative to what is allowed, its error relative to its scale, and both in words.
+    Returns its error relative to what is allowed, its error relative to its scale, and a line that gives both.
     """
     truth = _evaluate(case, "reference", torch.float64, torch.device("cpu"))
     fast = _evaluate(case, "auto", dtype, device)
     eager = truth if dtype == torch.float64 else _evaluate(case, "reference", dtype, device)
-    found: list[tuple[float, float, str]] = []
+    results: list[tuple[float, float, str]] = []
     for name, true in truth.items():
-        # The hinge subtracts from gamma = 1, times the variance's weight.  The covariance needs no such allowance:
-        # of normal data the dual side subtracts less than it leaves.
+        # The hinge subtracts from gamma = 1, so its scale is at least 1, times the variance's weight.  The covariance
+        # needs no such allowance: for normal data the dual side subtracts less than half.
         scale = float(true.norm()) + {"var": 1, "var-loss": 15, "loss": 15}.get(name.split("/")[-1], 0)
         error = float((fast[name] - true).norm())
         allowed = 2 * float((eager[name] - true).norm()) + _FLOORS[dtype] * scale
-        strain, relative = _ratio(error, allowed), _ratio(error, scale)
-        words = f"{case}, {name}: error {relative:.1e} of its scale, {strain:.2g} of what is allowed"
-        found.append((strain, relative, words))
-    return max(found)
+        of_allowed, of_scale = _ratio(error, allowed), _ratio(error, scale)
+        line = f"{case}, {name}: error {of_scale:.1e} of its scale, {of_allowed:.2g} of what is allowed"
+        results.append((of_allowed, of_scale, line))
+    return max(results)
 
 
 def _parity(device: torch.device) -> bool:
-    """Check every case, print what was found, and say whether all is well."""
+    """Check every case and print the results; returns whether all passed."""
     print(f"\nParity with the definition in float64: losses and gradients of {len(_PARITY)} cases on {device}")
     dtypes = list(_FLOORS)
     if device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
@@ -119,17 +119,17 @@ def _parity(device: torch.device) -> bool:
     print("  shapes: N x D, before them batches; local: B x P1 x P2 x C, m matches, statistics/match order")
     failures: list[str] = []
     for dtype in dtypes:
-        found: list[tuple[float, float, str]] = []
+        results: list[tuple[float, float, str]] = []
         for case in _PARITY:
             try:
-                found.append(_check(case, device, dtype))
-            except RuntimeError as raised:  # an operator that the device lacks, or memory: go on with the rest
+                results.append(_check(case, device, dtype))
+            except RuntimeError as raised:  # the device lacks an operator or memory: the other cases still run
                 failures.append(f"{dtype} {case}: {raised}")
-        failures += [f"{dtype} {words}" for strain, _, words in found if strain > 1]
-        worst = max((relative for _, relative, _ in found), default=math.nan)
+        failures += [f"{dtype} {line}" for of_allowed, _, line in results if of_allowed > 1]
+        worst = max((of_scale for _, of_scale, _ in results), default=math.nan)
         rule = f"{_FLOORS[dtype]:.1e} x scale" + (" + 2 x eager's error" if dtype == torch.float32 else "")
         print(f"  {dtype}: worst relative error {worst:.1e}; allowed {rule}; nearest to that:")
-        print(f"    {max(found)[2] if found else 'nothing ran'}")
+        print(f"    {max(results)[2] if results else 'nothing ran'}")
     for failure in failures:
         print(f"  FAILED {failure}")
     print(f"  {len(failures)} FAILED" if failures else "  all passed")
@@ -142,34 +142,35 @@ def _speed(device: torch.device) -> None:
     print(f"  {'':50}{'eager':>10}{'vicreg_fast':>13}{'faster':>9}{'rounds':>8}")
     for case in _SPEED:
         inputs = _inputs(case, torch.float32, device)
-        sides = [(_losses(case, backend), list[float]()) for backend in ("reference", "auto")]
-        begin, rounds = time.perf_counter(), -1  # the first round warms up
+        timed = [(_losses(case, backend), list[float]()) for backend in ("reference", "auto")]
+        begin, rounds = time.perf_counter(), -1  # the first round is a warm-up
         while rounds < 1 or (rounds < _ROUNDS and time.perf_counter() - begin < _SECONDS):
-            for losses, times in sides:
+            for losses, times in timed:
                 start = time.perf_counter()
                 torch.autograd.grad(losses(*inputs)["loss"], inputs[:2])
-                if device.type != "cpu":  # at this one's end, and so at the next one's start
+                if device.type != "cpu":  # the next measurement then starts on an idle device
                     torch.accelerator.synchronize(device)
                 times.append(time.perf_counter() - start)
             rounds += 1
-        eager, fast = (statistics.median(times[1:]) * 1e3 for _, times in sides)
+        eager, fast = (statistics.median(times[1:]) * 1e3 for _, times in timed)
         print(f"  {case!s:50}{eager:>7.3g} ms{fast:>10.3g} ms{eager / fast:>8.1f}x{rounds:>8}", flush=True)
     print("  A sketch, made in seconds beside whatever else runs here; benchmarks/ measures properly.")
 
 
 def _devices() -> dict[str, str]:
-    """Every device that torch can use here, with what is known of it."""
-    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
-    for k in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(k)
+    """Every device that torch can use on this machine, with a description."""
+    devices = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
         runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        found[f"cuda:{k}"] = f"{about.name}, {runtime}, capability {about.major}.{about.minor}"
-    found |= {f"xpu:{k}": torch.xpu.get_device_name(k) for k in range(torch.xpu.device_count())}
-    return found | ({"mps": "Metal"} if torch.backends.mps.is_available() else {})
+        capability = f"capability {properties.major}.{properties.minor}"
+        devices[f"cuda:{index}"] = f"{properties.name}, {runtime}, {capability}"
+    devices |= {f"xpu:{index}": torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count())}
+    return devices | ({"mps": "Metal"} if torch.backends.mps.is_available() else {})
 
 
 def _machine(devices: dict[str, str]) -> None:
-    """Print what runs here, and which backend each device gets."""
+    """Print the versions and the processor, and the backend of each device."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = models[0] if models else platform.processor() or platform.machine()
@@ -177,16 +178,16 @@ def _machine(devices: dict[str, str]) -> None:
     triton = ", ".join(f"{metadata.version(name)} ({name})" for name in names) or "not installed"
     print(f"vicreg_fast {__version__} on {platform.platform()}; {processor}; {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton}")
-    for name, about in devices.items():
+    for name, description in devices.items():
         device = torch.device(name)
-        chosen, why = backends.choose("auto", device), ""
+        chosen, reason = backends.choose("auto", device), ""
         if chosen != "triton":
             try:
                 backends.choose("triton", device)
-                why = ", for Triton's interpreter is slow; backend='triton' takes it"
+                reason = ", for Triton's interpreter is slow; backend='triton' takes it"
             except ValueError as error:
-                why = ", for " + str(error).partition(";")[0]  # what follows is advice
-        print(f"  {name} ({about}): backend 'auto' is {chosen!r}{why}")
+                reason = ", for " + str(error).partition(";")[0]  # the advice that follows is left out
+        print(f"  {name} ({description}): backend 'auto' is {chosen!r}{reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,13 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if not arguments.quick:
             _speed(torch.device(name))
-        if sys.stdout is not None:  # closed by whoever started this
+        if sys.stdout is not None:  # the parent process may have closed it
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush fails too
+    except BrokenPipeError:  # the reader of a pipe has ended, as head does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes again at exit, and would fail
         return 141
     return 0
 

@@ -1,4 +1,4 @@
-"""The one autograd.Function of the losses: composes the operators and says what is saved."""
+"""The one autograd.Function of the losses: it composes the operators, and saves what the backward pass needs."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _upstream_of_terms(plan: Plan, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What multiplies each weighted term of each group, from the upstream gradients of the outputs; None: nothing."""
+    """Upstream gradients of the weighted terms of each group, from those of the outputs; None: there is none."""
     total = grad_outputs[4 * plan.losses] if plan.losses > 1 else None
     sums = [_add(grad, total) for grad in grad_outputs[3 : 4 * plan.losses : 4]]
     return [
@@ -55,7 +55,7 @@ class _WeightedTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         plan, count = ctx.plan, ctx.plan.source_count
-        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each reading
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         sources, saved = tensors[:count], tensors[count:]
         match_index = None
         if plan.match_counts:
@@ -74,8 +74,8 @@ class _WeightedTerms(torch.autograd.Function):
 
 
 def weigh(terms: VICRegTerms | WeightedTerms, weights: Sequence[Weight]) -> WeightedTerms:
-    """Unweighted terms times weights and their sum, in the terms' type."""
-    inv, var, cov = ((w * t).to(t.dtype) for w, t in zip(weights, terms[:3], strict=True))
+    """The terms times their weights, and their sum, in the type of the terms."""
+    inv, var, cov = ((weight * term).to(term.dtype) for weight, term in zip(weights, terms[:3], strict=True))
     return WeightedTerms(inv, var, cov, inv + var + cov)
 
 
@@ -84,8 +84,9 @@ def weighted_terms(
 ) -> tuple[list[WeightedTerms], Tensor]:
     """The weighted terms and their sum of each loss of the plan, and the sum of all losses.
 
-    Python numbers are multiplied inside the operators, at no cost.  Tensors are multiplied outside, where autograd sees
-    them.  In traced code numbers are multiplied outside too: inside, a schedule's new number would mean recompilation.
+    The operators multiply by weights that are Python numbers, at no cost.  Weights that are tensors are multiplied outside
+    the operators, because autograd must see them.  In traced code numbers are multiplied outside too: they are constants of
+    the operators, and a schedule that changes them would cause recompilation.
     """
     outside = torch.compiler.is_compiling() or any(isinstance(w, Tensor) for w in weights)
     inside = (1.0, 1.0, 1.0) if outside else map(float, weights)
@@ -97,8 +98,8 @@ def weighted_terms(
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         flat = _WeightedTerms.apply(plan, *sources, *locations)  # type: ignore[no-untyped-call]
     else:
-        # Nothing to save.  (Dynamo 2.13, too, inlines a Function without gradients and then counts its arguments to
-        # tell whether forward takes a context, which *tensors defeats.)
+        # Nothing needs to be saved.  The Function is also avoided because Dynamo 2.13 inlines a Function without gradients:
+        # it counts the arguments of forward to detect a context, and fails on *tensors.
         plan = plan._replace(save_for_backward=False)
         flat = operators.terms(plan, sources, locations)[: plan.outputs]
     losses = [WeightedTerms(*flat[at : at + 4]) for at in range(0, 4 * plan.losses, 4)]

@@ -1,4 +1,7 @@
-"""Every error message.  Checks look at types, shapes, devices and Python numbers: none reads a device."""
+"""Every check of arguments, and its error message.
+
+Checks use types, shapes, devices and Python numbers.  They read no tensor that lies on another device than the CPU.
+"""
 
 import math
 import numbers
@@ -25,7 +28,7 @@ def _show(value: object) -> str:
 
 def one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     """``value`` is one of ``known``."""
-    if not any(value is k or (isinstance(value, str) and value == k) for k in known):
+    if not any(value is option or (isinstance(value, str) and value == option) for option in known):
         raise ValueError(f"{name} needs one of {', '.join(map(repr, known))}, got {value!r}")
 
 
@@ -36,7 +39,7 @@ def backend_and_precision(backend: object, precision: object) -> None:
 
 
 def _number(name: str, value: object, need: str) -> float | None:
-    """The value of a real number; None for a tensor on another device than the CPU, which is not read."""
+    """The value of a real number.  None: a tensor that is not read, on another device than the CPU or in traced code."""
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor | numbers.Real):
         raise TypeError(f"{name} needs {need}, got {type(value).__name__} {_show(value)}")
     if isinstance(value, Tensor):
@@ -48,7 +51,7 @@ def _number(name: str, value: object, need: str) -> float | None:
         return float(value.detach())
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer beyond the range of float
         return math.inf if isinstance(value, int) and value > 0 else -math.inf
 
 
@@ -58,9 +61,9 @@ def _finite(number: float) -> bool:
 
 
 def coefficient(name: str, value: object, losses_of: Tensor | None = None) -> None:
-    """A finite number, of either sign, or a tensor with one element (read only where it lies on the CPU).
+    """A finite number of either sign, or a tensor with one element, which is read only if it lies on the CPU.
 
-    A tensor that is to multiply the losses of ``losses_of`` lies on its device or on the CPU.
+    If ``losses_of`` is given, the coefficient multiplies its losses: a tensor must lie on its device or on the CPU.
     """
     number = _number(name, value, "a number or a tensor")
     if losses_of is not None and isinstance(value, Tensor) and value.device not in (_CPU, losses_of.device):
@@ -88,7 +91,7 @@ def flag(name: str, value: object) -> None:
 
 
 def alpha(value: object) -> float:
-    """A number in [0, 1]: it decides which parts are computed, so it cannot stay on a device."""
+    """A Python number in [0, 1].  It decides which parts are computed, so the host must know it."""
     if isinstance(value, Tensor):
         raise TypeError(f"alpha needs a Python number in [0, 1], got {_show(value)}")
     number = _number("alpha", value, "a number in [0, 1]")
@@ -101,7 +104,7 @@ _AN_IMAGES_SAMPLES = " with statistics='image', whose samples are an image's mat
 
 
 def match_count(value: object, need: str = "a whole number", least: int = 1) -> int:
-    """A whole number of matches; per-image statistics need two samples, so at least 2 there."""
+    """An integer of at least ``least``: 1, or 2 for per-image statistics, whose samples are the matches."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
         raise TypeError(f"num_matches needs {need}, got {type(value).__name__} {_show(value)}")
     if value < least:
@@ -111,7 +114,7 @@ def match_count(value: object, need: str = "a whole number", least: int = 1) -> 
 
 
 def num_matches(value: object, statistics: str) -> tuple[int, int] | None:
-    """Matches of each direction, from a whole number or a pair of them; None: every patch is matched."""
+    """Numbers of matches of both directions, from an integer or a pair of integers; None: every patch is matched."""
     need = "a whole number, a pair of them or None"
     least = 2 if statistics == "image" else 1
     if value is None:
@@ -119,14 +122,14 @@ def num_matches(value: object, statistics: str) -> tuple[int, int] | None:
     if isinstance(value, tuple | list):
         if len(value) != 2:
             raise ValueError(f"num_matches needs {need}, got {len(value)} numbers")
-        first, second = (match_count(number, need, least) for number in value)
+        first, second = (match_count(count, need, least) for count in value)
         return first, second
     count = match_count(value, need, least)
     return count, count
 
 
 def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers: bool = False) -> None:
-    """Floating tensors of ``ndim`` dimensions (None: at least two) on one device."""
+    """Floating tensors of ``ndim`` dimensions (None: at least two) on one device; ``integers``: or integer tensors."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} needs a tensor of shape {shape}, got {type(value).__name__}")
@@ -140,7 +143,7 @@ def tensors(named: Mapping[str, Any], ndim: int | None, shape: str, *, integers:
 
 
 def dense(name: str, value: Tensor) -> None:
-    """Neither sparse nor nested nor of another library's layout."""
+    """A dense tensor: neither sparse, nor nested, nor of any other layout."""
     if value.is_nested or value.layout is not torch.strided:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise ValueError(f"{name} needs a dense tensor, got layout {layout}")
@@ -148,15 +151,15 @@ def dense(name: str, value: Tensor) -> None:
 
 def one_device(named: Mapping[str, Any]) -> None:
     """The tensors among the arguments lie on one device."""
-    found = [(name, value) for name, value in named.items() if isinstance(value, Tensor)]
-    for name, b in found[1:]:
-        first, a = found[0]
+    present = [(name, value) for name, value in named.items() if isinstance(value, Tensor)]
+    for name, b in present[1:]:
+        first, a = present[0]
         if b.device != a.device:
             raise ValueError(f"{name} needs the device of {first}, {a.device}, got {b.device}")
 
 
 def samples(name: str, count: int) -> None:
-    """At least two samples, of the global batch where it is gathered."""
+    """At least two samples.  If the batch is gathered, they are counted over all ranks."""
     if count < 2:
         raise ValueError(f"{name} needs at least 2 samples to have a variance, got {count}")
 
@@ -164,8 +167,8 @@ def samples(name: str, count: int) -> None:
 def views(named: Mapping[str, Any], ndim: int | None = None, *, count_samples: bool = True) -> None:
     """Embeddings of one shape (..., N, D) on one device, N >= 2 and D >= 1."""
     tensors(named, ndim, "(N, D)" if ndim == 2 else "(..., N, D)")
-    (first, a), *others = named.items()
-    for name, b in others:
+    (first, a), *remaining = named.items()
+    for name, b in remaining:
         if b.shape != a.shape:
             raise ValueError(f"{name} needs the shape of {first}, {tuple(a.shape)}, got {tuple(b.shape)}")
     if a.shape[-1] < 1:
@@ -196,7 +199,7 @@ def patches(queries: tuple[str, Any], candidates: tuple[str, Any], *, integers: 
 
 
 def enough_patches(name: str, patches: Tensor, num_matches: int) -> None:
-    """As many query patches as matches are asked for."""
+    """At least ``num_matches`` query patches."""
     if patches.shape[1] < num_matches:
         raise ValueError(
             f"num_matches={num_matches} needs as many patches in {name}, got shape {tuple(patches.shape)}"
@@ -209,7 +212,7 @@ def local_inputs(
     num_matches: tuple[int, int] | None,
     statistics: str,
 ) -> tuple[int, int]:
-    """Both views' maps (B, P, C) and their patches' locations (B, P, 2) or (B, P, 3); matches of each direction."""
+    """Both views' maps (B, P, C) and locations (B, P, 2) or (B, P, 3); returns the match counts of both directions."""
     (first, x1), (second, x2) = maps.items()
     patches((first, x1), (second, x2))
     counts = (x1.shape[1], x2.shape[1]) if num_matches is None else num_matches

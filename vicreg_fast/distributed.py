@@ -1,15 +1,15 @@
-"""The whole batch from every rank's part of it.
+"""Gathers the batches of all ranks into one.
 
-DistributedDataParallel and FSDP2 average parameter gradients over R ranks.  Every rank returns R times the
-gradient of the global loss with respect to its own rows, so that the average is the gradient of one process that
-holds the whole batch.  Upstream gradients are taken to be equal on all ranks, as they are when every rank sums
-the same losses; then no communication is needed in the backward.
+DistributedDataParallel and FSDP2 average parameter gradients over R ranks.  Every rank returns R times the gradient of
+the global loss with respect to its own rows.  The average is then the gradient of one process that holds the whole batch.
+Upstream gradients are assumed to be equal on all ranks, as they are if every rank adds up the same losses.  The backward
+pass then needs no communication.
 
-Ranks may hold different numbers of samples.  Their counts travel first, as numbers: on a GPU this waits for the
-device once a step.
+Ranks may hold different numbers of samples, so the counts are exchanged first.  On a GPU this is one host
+synchronisation a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def check_group(group: Any) -> None:
 
 
 def _device(tensors: Mapping[str, Any], group: Any) -> torch.device:
-    """Where this group's collectives run."""
+    """The device on which this group's collectives run."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     for tensor in tensors.values():
@@ -44,50 +44,62 @@ def _device(tensors: Mapping[str, Any], group: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def exchange_counts(tensors: Mapping[str, Any], error: Exception | None, group: Any) -> list[int]:
-    """Every rank's first dimension of the named tensors, once all ranks have said that theirs are in order.
+def exchange_counts(check: Callable[[], object], tensors: Mapping[str, Any], group: Any) -> list[int]:
+    """Size of the first dimension of the named tensors on every rank, after every rank has checked its input.
 
-    ``error`` is what this rank's own checks found.  A rank with bad input says so here instead of leaving the
-    others to wait: it raises its error, they raise one that names it.  All other dimensions must agree.
+    ``check`` raises TypeError or ValueError for bad input of this rank.  The rank tells the other ranks of its error,
+    so that they do not wait for it.  It then raises its error, and the other ranks raise one that names the rank.  All
+    dimensions but the first must agree.
     """
-    mine = [0 if error is None else 1]
+    error: Exception | None = None
+    try:
+        check()
+    except (TypeError, ValueError) as raised:
+        error = raised
+    message = [0 if error is None else 1]
     for tensor in tensors.values():
         described = isinstance(tensor, Tensor) and error is None
         shape = list(tensor.shape) if described else []
-        mine += [len(shape), _DTYPES.index(tensor.dtype) if described else 0]
-        mine += shape + [0] * (_MAX_DIMS - len(shape))
-    sent = torch.tensor(mine, dtype=torch.int64, device=_device(tensors, group))
+        message += [len(shape), _DTYPES.index(tensor.dtype) if described else 0]
+        message += shape + [0] * (_MAX_DIMS - len(shape))
+    sent = torch.tensor(message, dtype=torch.int64, device=_device(tensors, group))
     received = [torch.empty_like(sent) for _ in range(world_size(group))]
     dist.all_gather(received, sent, group=group)
-    ranks = [r.tolist() for r in received]
+    messages = [tensor.tolist() for tensor in received]
     if error is not None:
         raise error
-    bad = [rank for rank, said in enumerate(ranks) if said[0]]
-    if bad:
-        raise RuntimeError(f"rank {bad[0]} was given bad input: its own error names the argument")
+    failed = [rank for rank, message in enumerate(messages) if message[0]]
+    if failed:
+        raise RuntimeError(f"rank {failed[0]} was given bad input: its own error names the argument")
+    _check_alike(list(tensors), messages)
+    return [message[3] for message in messages]
+
+
+def _check_alike(names: list[str], messages: list[list[int]]) -> None:
+    """Raises if a tensor differs between ranks in its type or in a dimension after the first."""
+    # Of each tensor: number of dimensions, index of its type, dimensions.
     width = 2 + _MAX_DIMS
-    for number, name in enumerate(tensors):
-        at = 1 + number * width
-        for rank, said in enumerate(ranks):
-            for first, here in (
-                (ranks[0][at : at + 2], said[at : at + 2]),
-                (ranks[0][at + 3 : at + width], said[at + 3 : at + width]),
+    for k, name in enumerate(names):
+        at = 1 + k * width
+        for rank, message in enumerate(messages):
+            for expected, actual in (
+                (messages[0][at : at + 2], message[at : at + 2]),
+                (messages[0][at + 3 : at + width], message[at + 3 : at + width]),
             ):
-                if first != here:
+                if expected != actual:
                     raise ValueError(
                         f"{name} needs the same type and the same dimensions after the first on every rank, "
-                        f"got {_describe(ranks[0], at)} on rank 0 and {_describe(said, at)} on rank {rank}"
+                        f"got {_describe(messages[0], at)} on rank 0 and {_describe(message, at)} on rank {rank}"
                     )
-    return [said[3] for said in ranks]
 
 
-def _describe(said: list[int], at: int) -> str:
-    shape = tuple(said[at + 2 : at + 2 + said[at]])
-    return f"{shape} {str(_DTYPES[said[at + 1]])[6:]}"
+def _describe(message: list[int], at: int) -> str:
+    shape = tuple(message[at + 2 : at + 2 + message[at]])
+    return f"{shape} {str(_DTYPES[message[at + 1]])[6:]}"
 
 
-class _Once(torch.autograd.Function):
-    """The identity, in a backward pass: what other ranks would add to a second derivative is not here."""
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity in a backward pass.  Its own backward raises: other ranks would add to a second derivative."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
@@ -100,31 +112,31 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(grad: Tensor) -> Tensor:
-    return _Once.apply(grad) if torch.is_grad_enabled() else grad  # type: ignore[no-untyped-call]
+def _without_second_derivative(grad: Tensor) -> Tensor:
+    return _NoSecondDerivative.apply(grad) if torch.is_grad_enabled() else grad  # type: ignore[no-untyped-call]
 
 
 class _GatherRows(torch.autograd.Function):
-    """forward: every rank's rows, in the order of ranks.  backward: R times this rank's part of the gradient."""
+    """forward: the rows of all ranks, in the order of ranks.  backward: R times the gradient of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: Any) -> Tensor:
         rank = dist.get_rank(group)
         ctx.start, ctx.count, ctx.ranks = sum(counts[:rank]), counts[rank], len(counts)
-        # Collectives need one shape: shorter parts are padded.  Bytes, because not every backend knows bfloat16.
+        # Collectives need one shape, so shorter parts are padded.  Not every backend has bfloat16, so bytes are sent.
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: counts[rank]] = rows
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather([p.view(torch.uint8) for p in parts], padded.view(torch.uint8), group=group)
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _once(grad[ctx.start : ctx.start + ctx.count] * ctx.ranks), None, None
+        return _without_second_derivative(grad[ctx.start : ctx.start + ctx.count] * ctx.ranks), None, None
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
-    """Rows (n_r, ...) of every rank: (sum n_r, ...), with gradient (once: it has no second derivative)."""
+    """Rows (n_r, ...) of every rank: (sum n_r, ...), with a gradient but no second derivative."""
     return _GatherRows.apply(rows, counts, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -141,9 +153,9 @@ class _AverageOverSamples(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _once(grad * ctx.factor), None, None
+        return _without_second_derivative(grad * ctx.factor), None, None
 
 
 def average_over_samples(values: Tensor, counts: list[int], group: Any) -> Tensor:
-    """Global means from every rank's own means over n_r samples."""
+    """Global means, from the means of every rank over its n_r samples."""
     return _AverageOverSamples.apply(values, counts, group)  # type: ignore[no-any-return, no-untyped-call]

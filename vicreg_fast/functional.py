@@ -9,7 +9,6 @@ from torch import Tensor
 from . import backends, checks, operators, reference
 from . import precision as policy
 from .autograd import Weight, WeightedTerms, weigh, weighted_terms
-from .backends.aten import nearest_patches
 from .plan import ONE_VIEW, TWO_VIEWS, local_views
 from .reference import VICRegTerms
 
@@ -17,7 +16,10 @@ _UNWEIGHTED = (1.0, 1.0, 1.0)
 
 
 class PatchMatches(NamedTuple):
-    """Matches of ``m`` queries: their numbers and their candidates' (B, m) int64, Euclidean distances (B, m)."""
+    """Matches of ``m`` queries of each image.
+
+    ``query_index`` and ``candidate_index`` are int64 (B, m), ``distance`` is the Euclidean distance (B, m).
+    """
 
     query_index: Tensor
     candidate_index: Tensor
@@ -36,16 +38,17 @@ def vicreg_terms(
     """Invariance, variance and covariance of two views, unweighted and differentiable.
 
     Args:
-        x: Embeddings (..., N, D): N samples of D features; leading dimensions are independent problems, averaged.
-        y: Embeddings of the other view, same shape, row n of the same sample as row n of x.
+        x: Embeddings (..., N, D): N samples of D features.  Leading dimensions are independent problems, whose terms
+            are averaged.
+        y: Embeddings of the other view, of the same shape.  Row n of x and row n of y belong to the same sample.
         gamma: Standard deviation below which a feature is penalised, in units of the features.
-        eps: Added to the variance before its root, in squared units of the features.
+        eps: Added to the variance before the square root, in squared units of the features.
         backend: "auto", "triton", "aten" or "reference".
-        precision: None (torch's setting), "highest", "high" or "medium": of products on a GPU.
+        precision: Of matmuls on a GPU: None (torch's setting), "highest", "high" or "medium".
 
     Returns:
-        Scalars ``inv``, ``var``, ``cov``; var and cov are means over the two views.  float32, or float64 if an
-        input is.
+        Scalars ``inv``, ``var``, ``cov``; var and cov are means over the two views.  They are float32, or float64 if an
+        input is float64.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
@@ -70,7 +73,7 @@ def variance_covariance(
 ) -> tuple[Tensor, Tensor]:
     """Variance and covariance terms of one view (..., N, D): two differentiable scalars.
 
-    Arguments, types and errors as :func:`vicreg_terms`.
+    Arguments, types, errors and source as in :func:`vicreg_terms`.
 
     >>> var, cov = variance_covariance(torch.randn(256, 2048))
     """
@@ -85,27 +88,30 @@ def match_patches(
     *,
     backend: str = "auto",
 ) -> PatchMatches:
-    """Nearest candidate of each query by Euclidean distance, for the queries nearest to theirs.
+    """Nearest candidate of each query by Euclidean distance, for the ``num_matches`` queries nearest to their candidate.
 
-    Matching is not mutual and candidates repeat.  Equal distances go to the lowest candidate, then to the lowest
-    query; NaN is never nearer than a number.  Up to three channels are locations, compared by their differences,
-    so that exact ties are exact; longer rows are features, compared by float32 products, in which equal distances are
-    equal up to rounding.
+    Matching is not mutual, and a candidate may occur more than once.  Equal distances go to the lowest candidate index,
+    then to the lowest query index.  A NaN distance is never nearer than any other.  Patches of up to three channels are
+    locations.  They are compared by their differences, so that exact ties are exact.  Patches of more channels are
+    features.  They are compared by float32 matmuls, in which equal distances are equal up to rounding.
 
     Args:
-        queries: (B, P1, C), any strides, floating or whole numbers.
+        queries: (B, P1, C), any strides, of a floating or an integer type.
         candidates: (B, P2, C).
-        num_matches: How many queries to keep, at most P1; None: every one.
+        num_matches: Number m of queries to keep in each image, at most P1; None: all queries.
         backend: "auto", "triton", "aten" or "reference".
 
     Returns:
-        ``query_index``, ``candidate_index`` and ``distance``, (B, m) each, nearest first; none has a gradient.
+        ``query_index``, ``candidate_index`` and ``distance``, (B, m) each, nearest first.  None of them has a gradient.
+        ``distance`` is in units of the inputs.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
 
-    >>> here, there = torch.randn(8, 49, 512), torch.randn(8, 49, 512)
-    >>> query, candidate, distance = match_patches(here, there, 10)
+    Source: VICRegL, arXiv:2210.01571.
+
+    >>> x, y = torch.randn(2, 8, 49, 512).unbind()
+    >>> query, candidate, distance = match_patches(x, y, 10)
     """
     checks.one_of("backend", backend, backends.BACKENDS)
     checks.patches(("queries", queries), ("candidates", candidates), integers=True)
@@ -115,40 +121,17 @@ def match_patches(
         queries, candidates = floating(queries), floating(candidates)
         backend = backends.choose(backend, queries.device, (queries.dtype, candidates.dtype))
         if backend == "reference":
-            q, c = accumulated(queries, candidates)
-            query, candidate = reference.match(q, c, m)
-            difference = reference.gather_rows(q, query) - reference.gather_rows(c, candidate)
+            queries, candidates = accumulated(queries, candidates)
+            query, candidate = reference.match(queries, candidates, m)
+            difference = reference.gather_rows(queries, query) - reference.gather_rows(candidates, candidate)
             return PatchMatches(query, candidate, torch.linalg.vector_norm(difference, dim=-1))
         matches = operators.match(queries, candidates, m, backend)
         query, candidate = matches.unbind()
         return PatchMatches(query, candidate, operators.match_distances(queries, candidates, matches, backend))
 
 
-def rows(maps: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, m) of maps (B, P, C), differentiable: (B, m, C)."""
-    return maps[torch.arange(maps.shape[0], device=maps.device)[:, None], index]
-
-
-def ordering(queries: Tensor, candidates: Tensor, backend: str) -> Tensor:
-    """The matrix (B, P1, P2) of values that matches are ordered by; carries no gradient.
-
-    For those who override what chooses from it: no backend needs it for itself.
-    """
-    with torch.no_grad(), policy.exact_products("ieee", queries.device):
-        if backends.choose(backend, queries.device, (queries.dtype, candidates.dtype)) == "reference":
-            return reference.distances(*accumulated(queries, candidates))
-        return nearest_patches.ordering(queries, candidates)
-
-
-def select_matches(distances: Tensor, num_matches: int, match_order: str = "distance") -> tuple[Tensor, Tensor]:
-    """Matches from a matrix of distances (B, P1, P2): (query, candidate), (B, m) each, nearest first."""
-    with torch.no_grad():
-        found = nearest_patches.Nearest(*nearest_patches.ordered(distances.clone()).min(dim=2))
-        return nearest_patches.select(found, num_matches, match_order)
-
-
 class Options(NamedTuple):
-    """What every loss is computed with."""
+    """The options of every loss."""
 
     gamma: float = 1.0
     eps: float = 0.0
@@ -156,7 +139,7 @@ class Options(NamedTuple):
     precision: str | None = None
 
     def checked(self) -> "Options":
-        """The same, with numbers as floats; raises where one is out of range or a name is unknown."""
+        """The options with numbers as floats; raises if a number is out of range or a name is unknown."""
         checks.backend_and_precision(self.backend, self.precision)
         return self._replace(
             gamma=checks.nonnegative("gamma", self.gamma), eps=checks.nonnegative("eps", self.eps)
@@ -164,27 +147,27 @@ class Options(NamedTuple):
 
 
 def accumulated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in the one type in which their loss is computed."""
+    """Both tensors in the type in which their loss is computed."""
     dtype = policy.accumulation_dtype([a.dtype, b.dtype])
     return a.to(dtype), b.to(dtype)
 
 
 def floating(z: Tensor) -> Tensor:
-    """A floating tensor as it is, whole numbers in a type that holds them exactly."""
+    """A floating tensor unchanged; an integer tensor in float64, or in float32 on a device without float64."""
     return z if z.is_floating_point() else z.to(policy.scalar_dtype(z.device))
 
 
 def as_locations(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both views' locations in the one type in which they are compared."""
+    """Both views' locations in the type in which they are compared."""
     return accumulated(floating(a), floating(b))
 
 
 def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Options) -> WeightedTerms:
-    """Weighted terms and their sum, of checked views (..., N, D)."""
+    """Weighted terms and their sum, from checked views (..., N, D)."""
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, x.device, (x.dtype, y.dtype))
     if backend == "reference":
-        with policy.exact_products("ieee", x.device):
+        with policy.set_matmul_precision("ieee", x.device):
             x, y = accumulated(x, y)
             return weigh(reference.vicreg_terms(x, y, gamma, eps), weights)
     plan = TWO_VIEWS._replace(gamma=gamma, eps=eps, precision=precision, backend=backend)
@@ -192,11 +175,11 @@ def two_view_terms(x: Tensor, y: Tensor, weights: Sequence[Weight], options: Opt
 
 
 def one_view_terms(z: Tensor, options: Options, covariance: bool = True) -> tuple[Tensor, Tensor]:
-    """(var, cov) of one checked view (..., N, D); cov is zero where it is not asked for."""
+    """(var, cov) of one checked view (..., N, D).  Without ``covariance``, cov is not computed and is zero."""
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, z.device, (z.dtype,), covariance=covariance)
     if backend == "reference":
-        with policy.exact_products("ieee", z.device):
+        with policy.set_matmul_precision("ieee", z.device):
             z, _ = accumulated(z, z)
             return reference.variance(z, gamma, eps), reference.covariance(z)
     plan = ONE_VIEW._replace(gamma=gamma, eps=eps, precision=precision, covariance=covariance, backend=backend)
@@ -213,18 +196,18 @@ def local_terms(
     match_order: str,
     options: Options,
 ) -> tuple[WeightedTerms, WeightedTerms, Tensor]:
-    """Weighted terms of the matches by location and by feature, from checked maps and locations; and their total.
+    """Weighted terms of the matches by location and by feature, and their total, from checked maps and locations.
 
-    ``counts``: matches from the first view to the second, and back.
+    ``counts``: matches from the first view to the second, and from the second to the first.
     """
     gamma, eps, backend, precision = options.checked()
     backend = backends.choose(backend, maps[0].device, [z.dtype for z in maps])
     locations = as_locations(*locations)
     if backend == "reference":
-        with policy.exact_products("ieee", maps[0].device):
+        with policy.set_matmul_precision("ieee", maps[0].device):
             x1, x2 = accumulated(*maps)
-            found = reference.local_terms(x1, x2, *locations, counts, gamma, eps, statistics, match_order)
-        location, feature = weigh(found.location, weights), weigh(found.feature, weights)
+            terms = reference.local_terms(x1, x2, *locations, counts, gamma, eps, statistics, match_order)
+        location, feature = weigh(terms.location, weights), weigh(terms.feature, weights)
         return location, feature, location.total + feature.total
     per_slot = statistics == "slot"
     plan = local_views(counts)._replace(

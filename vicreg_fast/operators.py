@@ -66,12 +66,12 @@ def _terms_of(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor]
     # The arrival counter that matching zeroes never leaves this call.
     matches: Matches = backend.match(sources, locations, plan.match_counts, plan.match_order, plan.per_slot)
     results = backend.terms(plan, sources, matches)
-    return [*results[: plan.outputs], matches.index, *results[plan.outputs :]]
+    return [*results[: plan.outputs], matches.match_index, *results[plan.outputs :]]
 
 
 def _match_of(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
-    found: Matches = backends.module(backend).match((queries, candidates), (), (num_matches,), "distance", False)
-    return found.index.view(2, queries.shape[0], num_matches)
+    matches: Matches = backends.module(backend).match((queries, candidates), (), (num_matches,), "distance", False)
+    return matches.match_index.view(2, queries.shape[0], num_matches)
 
 
 # -- the same as operators ----------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""What a loss computes: which views there are, which are paired, and which are averaged.
+"""The structure of a loss: its views, the pairs of views, and the groups of views that are averaged.
 
 A loss has one or more *groups* of views.  Within a group, variance and covariance are means over its views and the
 invariance is the mean over its pairs; all its views have the same (P, N, D).
 
 VICReg is one group of two views and one pair.  VICRegL's local part has two losses, of matches by location and by feature.
 Each is one group of four views (queries and candidates, x to y and y to x) and two pairs.  If the two directions have
-different numbers of matches, each direction is a group of its own, and the two groups of a loss are averaged.
+different numbers of matches, each direction is a group, and the two groups of a loss are averaged.
+Letters: docs/notation.md.
 """
 
 import math
@@ -39,18 +40,13 @@ class Plan(NamedTuple):
     precision: str | None = None
     covariance: bool = True  # False: the covariance term is not computed and is zero
     backend: str = "aten"
-    weights: Sequence[float] = (
-        1.0,
-        1.0,
-        1.0,
-    )  # of invariance, variance and covariance, the same in every group
+    # Of invariance, variance and covariance, the same in every group.
+    weights: Sequence[float] = (1.0, 1.0, 1.0)
     save_for_backward: bool = True  # False: no backward pass follows, and nothing is saved for one
-    groups_per_loss: int = (
-        1  # consecutive groups whose terms are added to one loss; the weights include their shares
-    )
-    match_counts: Sequence[
-        int
-    ] = ()  # matches from x to y and from y to x; empty: every row of a source is a sample
+    # Consecutive groups whose terms are added to one loss.  The weights contain the factor 1 / groups_per_loss.
+    groups_per_loss: int = 1
+    # Matches from x to y and from y to x.  Empty: every row of a source is a sample.
+    match_counts: Sequence[int] = ()
     match_order: str = "distance"  # "distance": nearest first; "patch": by the query's index
 
     @property
@@ -60,7 +56,7 @@ class Plan(NamedTuple):
 
     @property
     def losses(self) -> int:
-        """Number of losses, of three terms and their sum each."""
+        """Number of losses.  Each has three terms and their sum."""
         return len(self.group_sizes) // self.groups_per_loss
 
     @property
@@ -95,7 +91,7 @@ class Plan(NamedTuple):
     def match_sets(self, match_index: Tensor, B: int) -> list[Tensor]:
         """Each group's part of a flat match index, (V, P, N): views of it."""
         shapes = index_shapes(B, self.match_counts, self.per_slot) * self.losses
-        parts = match_index.split([math.prod(shape) for shape in shapes])
+        parts = match_index.split([math.prod(shape) for shape in shapes])  # type: ignore[no-untyped-call]
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def groups(self, sources: Sequence[Tensor], match_index: Tensor | None) -> Iterator[list[tuple[int, Rows]]]:
@@ -110,20 +106,20 @@ class Plan(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What matching returns to the operator that called it.
+    """The result of a backend's matching.
 
-    ``index`` is flat: for each kind of match (location, feature), for each direction (x to y, y to x), the queries' indices
-    and then the candidates', (2, B, m), or (2, m, B) per slot.
+    ``match_index`` is flat.  For each kind of match (location, feature) and each direction (x to y, y to x) it holds the indices
+    of the queries and then those of the candidates, (2, B, m), or (2, m, B) per slot.
     """
 
-    index: Tensor
-    # (1,) int32, zero, which the next launch counts its programs with; None: the backend has no use for one.
+    match_index: Tensor
+    # (1,) int32, zero: the next launch counts its finished programs in it.  None: the backend does not count.
     arrival_counter: Tensor | None = None
 
 
 ONE_VIEW = Plan((0,), (1,), ())
 TWO_VIEWS = Plan((0, 1), (2,), (0, 1))
-# Two maps; in each group: query of x to y, candidate of x to y, query of y to x, candidate of y to x.
+# Two maps.  Views of each group: queries and candidates from x to y, queries and candidates from y to x.
 LOCAL_VIEWS = Plan((0, 1, 1, 0, 0, 1, 1, 0), (4, 4), (0, 1, 2, 3))
 
 
@@ -136,12 +132,12 @@ def local_views(counts: tuple[int, int]) -> Plan:
 
 
 def index_shapes(B: int, counts: Sequence[int], per_slot: bool) -> list[tuple[int, int, int]]:
-    """Shapes (V, P, N) of the match sets of one kind, one a group; ``counts``: matches of one direction or of both."""
+    """Shapes (V, P, N) of the match sets of one kind, one for each group; ``counts``: of one direction or of both."""
     equal = len(counts) == 2 and counts[0] == counts[1]
     shapes = [(4, counts[0])] if equal else [(2, m) for m in counts]
     return [(V, m, B) if per_slot else (V, B, m) for V, m in shapes]
 
 
 def index_size(B: int, counts: Sequence[int], kinds: int) -> int:
-    """Elements of a flat match index."""
+    """Number of elements of a flat match index."""
     return 2 * kinds * B * sum(counts)

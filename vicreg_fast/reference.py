@@ -1,14 +1,14 @@
-"""The definitions, in plain eager PyTorch: what every faster path must reproduce.
+"""The definitions, in plain eager PyTorch.  Every faster path must reproduce them.
 
-Notation: a view z holds problems (..., N, D), N samples of D features; m its column means, c = z - m,
-v_d = sum_n c_nd^2 / (N-1), C = c'c / (N-1), C0 = C with a zero diagonal.
+Notation: a view z holds problems (..., N, D), N samples of D features.  c is z minus its column means,
+v_d = sum_n c_nd^2 / (N-1), C = c'c / (N-1), and C0 is C with a zero diagonal.  Letters: docs/notation.md.
 
     invariance      mean((x - y)^2)
     variance        mean_d relu(gamma - sqrt(v_d + eps))
     covariance      sum(C0^2) / D
 
-Leading dimensions are independent problems and are averaged.  Nothing here is optimised, and nothing here is
-called by a fast path.  Sources: VICReg, arXiv:2105.04906; VICRegL, arXiv:2210.01571.
+Leading dimensions are independent problems and are averaged.  The code is not optimised, and no fast path calls it.
+Sources: VICReg, arXiv:2105.04906; VICRegL, arXiv:2210.01571.
 """
 
 from typing import NamedTuple
@@ -56,35 +56,35 @@ def vicreg_terms(x: Tensor, y: Tensor, gamma: float = 1.0, eps: float = 0.0) -> 
 
 
 class Matches(NamedTuple):
-    """Which patches belong together: ``query[b, k]`` is matched with ``candidate[b, k]``; both (B, m)."""
+    """Indices of matched patches, (B, m) each: of image b, ``query[b, k]`` is matched with ``candidate[b, k]``."""
 
     query: Tensor
     candidate: Tensor
 
 
 def distances(queries: Tensor, candidates: Tensor) -> Tensor:
-    """What patches are ordered by: (B, P1, C), (B, P2, C) -> (B, P1, P2).
+    """The distances by which matches are ordered: (B, P1, D), (B, P2, D) -> (B, P1, P2).
 
-    Up to three coordinates are locations, whose grids are full of exact ties: squared Euclidean distances from
-    the differences, axes added in order.  Longer rows are features: Euclidean distances.  A distance that is
-    not a number is farther than any that is, infinity included.
+    Patches of up to three channels are locations.  Their grids have many exact ties, so their distances are the squared
+    differences, added axis by axis.  Patches of more channels are features, with Euclidean distances.  NaN is replaced
+    by inf, and inf by the largest finite number, so that a NaN distance is never nearer than any other.
     """
     if queries.shape[-1] <= 3:
-        d = torch.zeros((), dtype=queries.dtype, device=queries.device)
-        for q, c in zip(queries.unbind(-1), candidates.unbind(-1), strict=True):
-            d = d + (q[:, :, None] - c[:, None, :]) ** 2
+        result = torch.zeros((), dtype=queries.dtype, device=queries.device)
+        for x, y in zip(queries.unbind(-1), candidates.unbind(-1), strict=True):
+            result = result + (x[:, :, None] - y[:, None, :]) ** 2
     else:
-        d = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    return d.nan_to_num(nan=torch.inf, posinf=torch.finfo(d.dtype).max)
+        result = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+    return result.nan_to_num(nan=torch.inf, posinf=torch.finfo(result.dtype).max)
 
 
 def select(distances: Tensor, num_matches: int, match_order: str = "distance") -> Matches:
     """Each query's nearest candidate, for the ``num_matches`` queries that are nearest to theirs.
 
-    Ties go to the lowest candidate, then to the lowest query.  ``match_order``: "distance" lists the nearest
-    match first, "patch" lists the chosen queries by their number.
+    Equal distances go to the lowest candidate index, then to the lowest query index.  ``match_order``: "distance" lists
+    the nearest match first, "patch" orders the matches by the query's index.
     """
-    distance, candidate = distances.min(dim=-1)  # the first of equal candidates
+    distance, candidate = distances.min(dim=-1)  # the lowest index of equal distances
     query = distance.sort(dim=-1, stable=True).indices[:, :num_matches]
     if match_order == "patch":
         query = query.sort(dim=-1).values
@@ -92,13 +92,13 @@ def select(distances: Tensor, num_matches: int, match_order: str = "distance") -
 
 
 def match(queries: Tensor, candidates: Tensor, num_matches: int, match_order: str = "distance") -> Matches:
-    """Nearest-neighbour matches of (B, P1, C) among (B, P2, C); carries no gradient."""
+    """Nearest-neighbour matches of patches (B, P1, D) among (B, P2, D); carries no gradient."""
     with torch.no_grad():
         return select(distances(queries, candidates), num_matches, match_order)
 
 
 def gather_rows(maps: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, m) of ``maps`` (B, P, C): (B, m, C)."""
+    """Rows ``index`` (B, m) of ``maps`` (B, P, D): (B, m, D)."""
     return maps.gather(1, index[..., None].expand(-1, -1, maps.shape[-1]))
 
 
@@ -107,18 +107,18 @@ def matched_terms(
 ) -> VICRegTerms:
     """VICReg terms of one set of matches.
 
-    ``statistics``: "image" takes an image's m matched patches as the samples of one problem, "slot" takes the
-    images' k-th matches as the samples of problem k.
+    ``statistics`` decides what a problem is.  "image": the samples of problem b are the m matched patches of image b.
+    "slot": the samples of problem k are the k-th matches of all images.
     """
-    q = gather_rows(query_maps, matches.query)
-    c = gather_rows(candidate_maps, matches.candidate)
+    x = gather_rows(query_maps, matches.query)
+    y = gather_rows(candidate_maps, matches.candidate)
     if statistics == "slot":
-        q, c = q.transpose(0, 1), c.transpose(0, 1)
-    return vicreg_terms(q, c, gamma, eps)
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+    return vicreg_terms(x, y, gamma, eps)
 
 
 class LocalTerms(NamedTuple):
-    """The unweighted terms of VICRegL's local part, each the mean over both directions."""
+    """The unweighted terms of VICRegL's local part.  Each is the mean over both directions."""
 
     location: VICRegTerms
     feature: VICRegTerms
@@ -135,15 +135,15 @@ def local_terms(
     statistics: str = "image",
     match_order: str = "distance",
 ) -> LocalTerms:
-    """Local terms of two views' maps (B, P1, C), (B, P2, C) with locations (B, P1, 2), (B, P2, 2).
+    """Local terms of two views' maps (B, P1, D), (B, P2, D) with locations (B, P1, 2), (B, P2, 2).
 
-    ``num_matches``: of each direction, or of the first view's patches and of the second's.
+    ``num_matches``: of both directions, or a pair, from the first view to the second and from the second to the first.
     """
     m1, m2 = num_matches if isinstance(num_matches, tuple) else (num_matches, num_matches)
 
-    def both_directions(a: Tensor, b: Tensor) -> VICRegTerms:
-        there = matched_terms(x1_maps, x2_maps, match(a, b, m1, match_order), gamma, eps, statistics)
-        back = matched_terms(x2_maps, x1_maps, match(b, a, m2, match_order), gamma, eps, statistics)
-        return VICRegTerms(*((s + t) / 2 for s, t in zip(there, back, strict=True)))
+    def both_directions(x1: Tensor, x2: Tensor) -> VICRegTerms:
+        x1_to_x2 = matched_terms(x1_maps, x2_maps, match(x1, x2, m1, match_order), gamma, eps, statistics)
+        x2_to_x1 = matched_terms(x2_maps, x1_maps, match(x2, x1, m2, match_order), gamma, eps, statistics)
+        return VICRegTerms(*((a + b) / 2 for a, b in zip(x1_to_x2, x2_to_x1, strict=True)))
 
     return LocalTerms(both_directions(x1_locations, x2_locations), both_directions(x1_maps, x2_maps))

@@ -1,17 +1,17 @@
 """How the rows of a problem are addressed: one formula for every loss.
 
-A view is P problems of N rows of D features.  Element (p, n, d) lies at
+A view is P problems of N rows of D features.  L is the number of patches of an image.  Element (p, n, d) lies at
 
     ptr + p * s_p + n * s_n + patch[p, n] * s_i + d * s_d
 
-- no patch, problems first: s_i = 0.  The source is (P, N, D); a plain batch of embeddings.
-- no patch, ``per_slot``: s_i = 0.  The source is (N, P, D): problem p is patch p of every image.
-- a patch: s_n = 0, s_i the patch stride.  The source is (P, L, D): problem p is image p, its rows are the
-  patches that ``patch`` (P, N) names.
-- a patch, ``per_slot``: s_p = 0, s_n the image stride, s_i the patch stride.  The source is (N, L, D): problem
-  p is match slot p, its n-th row is the patch patch[p, n] of image n.
+- No patch, problems first: s_i = 0.  The source is (P, N, D), a plain batch of embeddings.
+- No patch, ``per_slot``: s_i = 0.  The source is (N, P, D).  Problem p is patch p of every image.
+- A patch: s_n = 0, and s_i is the patch stride.  The source is (P, L, D).  Problem p is image p, and its row n is patch
+  patch[p, n].
+- A patch, ``per_slot``: s_p = 0, s_n is the image stride, and s_i the patch stride.  The source is (N, L, D).  Problem p is
+  match slot p, and its row n is patch patch[p, n] of image n.
 
-Sources keep whatever strides they came with.
+A source may have any strides.  Letters: docs/notation.md.
 """
 
 from typing import NamedTuple
@@ -21,23 +21,23 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """A part of a view: slices of its problems, rows and features."""
+    """A block of a view: slices of its problems, rows and features."""
 
     problems: slice
     rows: slice
     features: slice
 
     def of_columns(self, statistic: Tensor) -> Tensor:
-        """The block's part of a statistic (..., P, V, 1, D): one value a column."""
+        """The block's columns of a statistic (..., P, V, 1, D), which has one value a column."""
         return statistic if self is WHOLE else statistic[..., self.problems, :, :, self.features]
 
 
-# Every element of a view; recognised by identity, because slicing a tensor five times costs more than a small loss.
+# Every element of a view.  It is compared by identity, and nothing is sliced: five slices cost more than a small loss.
 WHOLE = Block(slice(None), slice(None), slice(None))
 
 
 class Rows(NamedTuple):
-    """One view: a source (A, L, D) and which of its rows its problems are made of."""
+    """One view: a three-dimensional source, whose last dimension is D, and the rows of it that form the problems."""
 
     source: Tensor
     patch: Tensor | None = None
@@ -52,37 +52,37 @@ class Rows(NamedTuple):
         return first, second, self.source.shape[2]
 
     def _image(self, block: Block) -> Tensor:
-        """The first coordinate of every row of a block in a source of patches, broadcastable to (p, n)."""
+        """The image of every row of a block, broadcastable to (p, n); for a source of patches."""
         image = torch.arange(self.source.shape[0], device=self.source.device)
         return image[block.rows][None, :] if self.per_slot else image[block.problems][:, None]
 
     def _row(self, block: Block, patch: Tensor) -> Tensor:
-        """The numbers of a block's rows in the source's first two dimensions flattened: (p * n,)."""
+        """Indices (p * n,) of a block's rows in the source with its first two dimensions flattened."""
         return torch.add(patch, self._image(block), alpha=self.source.shape[1]).flatten()
 
     def of(self, tensor: Tensor, block: Block) -> Tensor:
-        """The block's rows (p, n, d) of a tensor of the source's shape, as a view; for rows without ``patch``."""
+        """The block (p, n, d) of a tensor of the source's shape, as a view of it; only without ``patch``."""
         if self.per_slot:
             tensor = tensor.transpose(0, 1)
         return tensor if block is WHOLE else tensor[block]
 
     def read(self, block: Block) -> Tensor:
-        """The block's rows, (p, n, d), in the source's type; a view of the source where there is no ``patch``."""
+        """The block (p, n, d), in the source's type; without ``patch`` it is a view of the source."""
         if self.patch is None:
             return self.of(self.source, block)
         source = self.source if block is WHOLE else self.source[:, :, block.features]
         patch = self.patch if block is WHOLE else self.patch[block.problems, block.rows]
         if source.stride(0) != source.shape[1] * source.stride(1):
             return source[self._image(block), patch]
-        # One number a row instead of two: a fifth of the time (16 images of 196 patches, 20 chosen, 384 channels).
+        # One index a row instead of two takes a fifth of the time (16 images of 196 patches, 20 gathered, 384 channels).
         flat = source.flatten(0, 1)
         return flat.index_select(0, self._row(block, patch)).view(*patch.shape, -1)
 
     def add(self, total: Tensor, block: Block, values: Tensor) -> None:
-        """Add ``values`` (p, n, d) to the block's rows of ``total``, contiguous and of the source's shape.
+        """Add ``values`` (p, n, d) to the block's rows of ``total``, which is contiguous and has the source's shape.
 
-        A row that ``patch`` names more than once receives its contributions in a fixed order: ``index_add_``
-        runs in sequence on a CPU, ``index_put_`` sorts on a GPU, where ``index_add_`` would race.
+        Values of a row that occurs more than once in ``patch`` are added in a fixed order: ``index_add_`` is serial on a
+        CPU, and ``index_put_`` sorts on a GPU, where ``index_add_`` would race.
         """
         if self.patch is None:
             self.of(total, block).add_(values)

@@ -1,17 +1,19 @@
 """Every normalisation of the three terms and of their gradients, in one place.
 
-A term is a sum times a scale.  With V views, ``pairs`` pairs, P problems of N samples and D features:
+A term is a scale times a sum.  With V views, ``pairs`` pairs, P problems of N samples and D features:
 
     inv = w_inv / (pairs P N D)    * sum over pairs of (x - y)^2
     var = w_var / (V P D)          * sum over columns of relu(gamma - std)
     cov = w_cov / (V P D f^2)      * sum of the squared off-diagonal elements of M
 
-M is f times the covariance (primal) or f times G (dual); f = 1 unless a backend says otherwise.  The gradients with
-respect to a centred view c are, before the upstream gradient (docs/how-it-works.md derives them):
+M is f times C (primal) or f times G (dual); f = 1 unless the backend passes another ``factor``.  On the dual side the sum is
+sum(M^2) - f^2 sum(vhat^2).  The gradients with respect to a centred view c are, before the upstream gradient:
 
     inv   2 w_inv / (pairs P N D)           * (x - y)
     var  -  w_var / (V P D (N - 1))         * c / std       where std < gamma
-    cov   4 w_cov / (V P D (N - 1) f)       * c M
+    cov   4 w_cov / (V P D (N - 1) f)       * c M           primal; on the dual side M c - f c vhat
+
+Derivation: docs/how-it-works.md.  Letters: docs/notation.md.
 """
 
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ class Normalisation(NamedTuple):
     def terms(self, weights: Sequence[float], factor: float = 1.0) -> Scales:
         """Scales of the terms' values; ``factor``: f of the formulas above."""
         w_inv, w_var, w_cov = weights
-        # f^2 first: the products round in this order, which fixes the last bit.
+        # f^2 comes first.  The order of the multiplications fixes the last bit.
         squared = factor**2 * self.views * self.P * self.D
         return Scales(w_inv / self.differences, w_var / self.columns, w_cov / squared)
 
@@ -62,8 +64,9 @@ class Normalisation(NamedTuple):
 def match_set_scales(weights: Sequence[float], B: int, D: int) -> tuple[Scales, Scales]:
     """Scales of one VICRegL loss over its two directions, for B images: of the values and of the gradients.
 
-    Two pairs and four views, as :class:`Normalisation` has them, but for what depends on the number of matches m, which
-    may differ between the directions.  The kernels divide the invariance by m, and both other gradients by m - 1.
+    They are those of :class:`Normalisation` with two pairs and four views, without the factors that depend on the number
+    of matches m, which may differ between the directions.  The kernels divide the invariance and its gradient by m, and
+    the other two gradients by m - 1.
     """
     w_inv, w_var, w_cov = weights
     pairs, views = 2 * B * D, 4 * B * D

@@ -1,7 +1,8 @@
-"""The gradient as one out-of-place function of the inputs, so that autograd can differentiate it again.
+"""The gradient as one out-of-place function of the inputs, which autograd can differentiate again.
 
-Used only where ``create_graph=True`` asks for it: the same closed forms as the backends', recomputed from the
-saved inputs in plain operators, unblocked.  Serves every backend.
+It serves every backend, and only for ``create_graph=True``.  The closed forms are those of the backends, recomputed from the
+saved inputs in plain operators, without blocks.
+Derivation: docs/how-it-works.md.  Letters: docs/notation.md.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ def _statistics_gradient(
 ) -> list[Tensor]:
     """Summands of the gradient of var_scale * sum_d relu(gamma - std_d) + cov_scale * sum(C0^2) / 2, one view (P, N, D).
 
-    What nobody asked for (None) is not computed: an infinite term would spoil the others.
+    A term without upstream gradient (None) is not computed: if it were infinite, it would turn the sum into NaN.
     """
     P, N, D = z.shape
     c = z - z.mean(dim=1, keepdim=True)
-    c = c - c.mean(dim=1, keepdim=True)  # or a constant column would have a variance
-    # A few samples may be so near to each other that float32 has no squares for their distances.
+    # Twice, because the rounded mean leaves a variance in a constant column.
+    c = c - c.mean(dim=1, keepdim=True)
+    # A few samples may lie so close together that the squares of their distances underflow in float32.
     wide = c.to(precision.scalar_dtype(c.device)) if N < FEW_SAMPLES else c
     v = wide.square().sum(dim=1, keepdim=True) / (N - 1)
     parts = []
@@ -36,16 +38,16 @@ def _statistics_gradient(
         parts.append(torch.where(active, c / std, 0) * (-var_scale / (N - 1)))
     if cov_scale is not None and plan.covariance:
         if uses_dual(P, N, D):
-            product = (c @ c.mT) @ c / (N - 1) - c * v.to(c.dtype)
+            cC0 = (c @ c.mT) @ c / (N - 1) - c * v.to(c.dtype)
         else:
             C = c.mT @ c / (N - 1)
-            product = c @ (C - torch.diag_embed(C.diagonal(dim1=-2, dim2=-1)))
-        parts.append(product * (2 * cov_scale / (N - 1)))
+            cC0 = c @ (C - torch.diag_embed(C.diagonal(dim1=-2, dim2=-1)))
+        parts.append(cC0 * (2 * cov_scale / (N - 1)))
     return parts
 
 
-def _scaled(up: Tensor | None, factor: float) -> Tensor | None:
-    return None if up is None else up * factor
+def _scaled(scalar: Tensor | None, factor: float) -> Tensor | None:
+    return None if scalar is None else scalar * factor
 
 
 def gradient(
@@ -61,21 +63,24 @@ def gradient(
         torch.zeros(s.shape, dtype=dtype, device=s.device) if need else None
         for s, need in zip(sources, needs, strict=True)
     ]
-    with precision.exact_products("ieee", sources[0].device):
-        for number, group in enumerate(plan.groups(sources, match_index)):
-            z = [rows.read(WHOLE).to(dtype) for _, rows in group]
-            over = Normalisation(len(z), len(plan.pair_list), *z[0].shape)
-            ups = upstream[3 * number : 3 * number + 3]
-            inv, var, cov = (_scaled(up, w) for up, w in zip(ups, plan.weights, strict=True))
-            var, cov = _scaled(var, 1 / over.columns), _scaled(cov, 2 / over.columns)
-            g = [_statistics_gradient(each, var, cov, plan) for each in z]
+    with precision.set_matmul_precision("ieee", sources[0].device):
+        for k, group in enumerate(plan.groups(sources, match_index)):
+            views = [rows.read(WHOLE).to(dtype) for _, rows in group]
+            normalisation = Normalisation(len(views), len(plan.pair_list), *views[0].shape)
+            # Upstream gradients of the unweighted terms, then the scales of :func:`_statistics_gradient`.
+            inv, var, cov = (
+                _scaled(grad, weight)
+                for grad, weight in zip(upstream[3 * k : 3 * k + 3], plan.weights, strict=True)
+            )
+            var, cov = _scaled(var, 1 / normalisation.columns), _scaled(cov, 2 / normalisation.columns)
+            summands = [_statistics_gradient(z, var, cov, plan) for z in views]
             if inv is not None:
-                factor = inv * 2 / over.differences
+                inv_scale = inv * 2 / normalisation.differences
                 for i, j in plan.pair_list:
-                    d = (z[i] - z[j]) * factor
-                    g[i].append(d)
-                    g[j].append(-d)
-            for (source, rows), parts in zip(group, g, strict=True):
+                    difference = (views[i] - views[j]) * inv_scale
+                    summands[i].append(difference)
+                    summands[j].append(-difference)
+            for (source, rows), parts in zip(group, summands, strict=True):
                 total = totals[source]
                 if total is not None and parts:
                     rows.add(problems(total), WHOLE, sum(parts[1:], parts[0]))

@@ -2,14 +2,15 @@
 
     primal   C = c'c / (N - 1), D x D         dual   G = c c' / (N - 1), N x N
 
-||C||_F = ||G||_F, so either gives the covariance term.  docs/how-it-works.md derives both and their gradients.
+c is a centred view (N, D).  ||C||_F = ||G||_F, so either matrix gives the covariance term.  Derivation of both sides and of
+their gradients: docs/how-it-works.md.  Letters: docs/notation.md.
 """
 
 import torch
 
-# A sample count below this is small.  On the dual side with many columns no moments are then saved for the backward pass:
-# three values a column would take most of the workspace, which is bounded by twice the inputs, and centring so few rows
-# again is cheap.  Squares of centred values are summed in float64, because few samples may be so close together that
+# A sample count below this is small, with two consequences.  On the dual side with many columns the forward pass saves no
+# moments: three values a column would take most of the workspace, which is bounded by twice the inputs, and it is cheap to
+# centre so few rows again.  Squares of centred values are summed in float64: a few samples may lie so close together that
 # their float32 squares underflow.
 FEW_SAMPLES = 8
 # Of two views, 192 KiB of float32 moments: few enough to save them always.
@@ -21,7 +22,7 @@ def uses_dual(P: int, N: int, D: int) -> bool:
 
     The dual side subtracts sum(v^2) from sum(G^2), which amplifies rounding by D / (D - N + 1): 5 at N = 0.8 D, 513 at
     1024 x 1025.  Above 0.8 D the primal side costs at most a quarter more.  A single problem with few features is primal
-    too: its D x D product is cheap, and nothing is subtracted.
+    too: its D x D matmul is cheap, and nothing is subtracted.
     """
     return 5 * N <= 4 * D and (D > 64 or P > 1)
 
@@ -36,9 +37,11 @@ def keeps_moments(P: int, N: int, D: int) -> bool:
     return not uses_dual(P, N, D) or N >= FEW_SAMPLES or P * D <= _FEW_COLUMNS
 
 
-def keeps_operand_variance(P: int, N: int, D: int, device: torch.device, product: str = "ieee") -> bool:
-    """Whether vhat is saved beside v: on the dual side, where a reduced-precision matmul may round its operands.
+def keeps_operand_variance(
+    P: int, N: int, D: int, device: torch.device, matmul_precision: str = "ieee"
+) -> bool:
+    """Whether vhat is saved beside v: on the dual side, if a matmul may round its operands.
 
     On a CUDA device the answer does not depend on torch's global setting, which may change between tracing and running.
     """
-    return uses_dual(P, N, D) and (product != "ieee" or device.type == "cuda")
+    return uses_dual(P, N, D) and (matmul_precision != "ieee" or device.type == "cuda")

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("auto", "triton", "aten", "reference")
-# TF32 and bfloat16 products need it.
+# TF32 and bfloat16 matmuls need this compute capability.
 _LEAST_CAPABILITY = (8, 0)
 
 

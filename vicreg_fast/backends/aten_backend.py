@@ -1,4 +1,4 @@
-"""The ATen backend: closed forms in PyTorch's operators, for every device and type."""
+"""The ATen backend: closed forms in PyTorch operators, for every device and type.  Letters: docs/notation.md."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from ..plan import Matches, Plan, problems
 from ..rows import WHOLE, Rows
 from ..sides import keeps_moments, keeps_operand_variance, side_of
 from .aten import backward, forward, nearest_patches
-from .aten.blocks import spare_elements
+from .aten.blocks import workspace_elements
 
 
 def saved(
     plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what is saved besides the inputs: each group's moments and M; (0,) if there is nothing."""
+    """Shapes and types of what is saved besides the inputs: moments and M of each group.  (0,): not saved."""
     dtype = precision.accumulation_dtype([source.dtype for source in sources])
     shapes: list[tuple[int, ...]] = []
     for group in plan.groups(sources, match_index):
@@ -31,16 +31,18 @@ def saved(
 
 def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> list[Tensor]:
     """[the plan's outputs, then moments and M of every group]."""
-    match_index = None if matches is None else matches.index
-    product = precision.resolve_product(plan.precision, sources[0].device, [s.dtype for s in sources])
+    match_index = None if matches is None else matches.match_index
+    matmul_precision = precision.resolve_matmul_precision(
+        plan.precision, sources[0].device, [s.dtype for s in sources]
+    )
     groups = list(plan.groups(sources, match_index))
-    spare = spare_elements(groups, sources, match_index)
+    workspace = workspace_elements(groups, sources, match_index)
     values: list[Tensor] = []
     saved: list[Tensor] = []
-    with precision.exact_products(product, sources[0].device):
+    with precision.set_matmul_precision(matmul_precision, sources[0].device):
         for group in groups:
-            value, statistics = forward.terms([rows for _, rows in group], plan, product, spare)
-            values.extend(value)
+            outputs, statistics = forward.terms([rows for _, rows in group], plan, matmul_precision, workspace)
+            values.extend(outputs)
             saved.extend(statistics)
     return [*plan.outputs_of(values), *saved]
 
@@ -56,26 +58,26 @@ def gradient(
     """Gradients of the sources that ``needs`` marks: see :func:`vicreg_fast.operators.gradient`."""
     device = sources[0].device
     dtypes = [source.dtype for source in sources]
-    product = precision.resolve_product(plan.precision, device, dtypes)
+    matmul_precision = precision.resolve_matmul_precision(plan.precision, device, dtypes)
     groups = list(plan.groups(sources, match_index))
-    spare = spare_elements(groups, sources, match_index)
-    # If each source is one view with all its rows, every element is written once; otherwise contributions add up.
+    workspace = workspace_elements(groups, sources, match_index)
+    # If each source is one view with all its rows, every element is written once.  Otherwise gradients are added.
     add = match_index is not None or len(plan.view_source) > plan.source_count
     totals: list[Tensor | None] = [None] * len(sources)
     for k, (source, need) in enumerate(zip(sources, needs, strict=True)):
         if need and add:
             dtype = precision.accumulation_dtype(dtypes)
             totals[k] = torch.zeros(source.shape, dtype=dtype, device=device)
-            spare -= source.numel() if source.dtype != dtype else 0
+            workspace -= source.numel() if source.dtype != dtype else 0
         elif need:
             totals[k] = torch.empty(source.shape, dtype=source.dtype, device=device)
-    with precision.exact_products(product, device):
+    with precision.set_matmul_precision(matmul_precision, device):
         for k, group in enumerate(groups):
             backward.gradient(
                 [rows for _, rows in group],
                 plan,
-                product,
-                spare,
+                matmul_precision,
+                workspace,
                 forward.Statistics(*saved[2 * k : 2 * k + 2]),
                 upstream[3 * k : 3 * k + 3],
                 [None if (total := totals[source]) is None else problems(total) for source, _ in group],
@@ -96,12 +98,12 @@ def match(
     ``maps``, ``locations``: of x and y.  ``counts``: matches from x to y and from y to x, or the former alone.
     """
     index: list[Tensor] = []
-    with precision.exact_products("ieee", maps[0].device):
+    with precision.set_matmul_precision("ieee", maps[0].device):
         for queries, candidates in [locations, maps] if locations else [maps]:
             directions = nearest_patches.nearest(queries, candidates, both=len(counts) == 2)
             for nearest, m in zip(directions, counts, strict=True):
-                for side in nearest_patches.select(nearest, m, match_order):
-                    index.append((side.t() if per_slot else side).reshape(-1))
+                for patches in nearest_patches.select(nearest, m, match_order):
+                    index.append((patches.t() if per_slot else patches).reshape(-1))
     return Matches(torch.cat(index))
 
 

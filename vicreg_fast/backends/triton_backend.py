@@ -40,7 +40,7 @@ def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> lis
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with arguments.on_device(sources[0].device):
-        for group in _groups(plan, sources, None if matches is None else matches.index):
+        for group in _groups(plan, sources, None if matches is None else matches.match_index):
             results = autotune.tuned(
                 functools.partial(launch_vicreg.forward_keys, group, matmul, device),
                 functools.partial(launch_vicreg.terms, Call(group, plan, matmul, device)),
@@ -98,7 +98,7 @@ def _add_group_gradient(
     """Add a group's gradient to ``totals``, one a source; ``group_sources``: of each view."""
     keys = functools.partial(launch_vicreg.gradient_keys, call.group, call.matmul, call.device)
     differentiate = functools.partial(launch_vicreg.gradient, call, kept, upstream)
-    if call.group.index is None:  # every row is a sample, once
+    if call.group.match_index is None:  # every row is a sample, once
         totals[:] = autotune.tuned(keys, functools.partial(differentiate, needs))
         return
     # The sources in the order of the views: the queries from y to x are of the second source.  One source after the other,

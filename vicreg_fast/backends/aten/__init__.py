@@ -1,1 +1,1 @@
-"""The stages in ATen operators, for any device: the closed forms without kernels of our own."""
+"""The stages of the ATen backend: the closed forms in PyTorch operators, for any device."""

@@ -1,7 +1,7 @@
 """How views are cut into blocks.
 
-A block is centred in a buffer that stays in the cache, so the data are read from memory once a pass and working
-memory does not grow with the batch.
+A block is centred in a buffer that stays in the cache.  The data are then read from memory once a pass, and working memory
+does not grow with the batch.  Letters: docs/notation.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,47 +12,48 @@ from ...rows import WHOLE, Block, Rows
 from ...sides import keeps_moments, uses_dual
 
 # Elements of all the buffers of a block: 6 MiB of float32.  On two cores half of it took 0.94 to 1.1 times as long over
-# ten shapes, a quarter 1.0 to 1.25 times, twice as much 0.95 to 1.1 times.
+# ten shapes, a quarter of it 1.0 to 1.25 times, twice as much 0.95 to 1.1 times.
 CACHE_ELEMENTS = 3 << 19
-# Small inputs need not be cut to save memory: their buffers have at most this many elements, 256 KiB of float32.
+# Buffers up to this many elements, 256 KiB of float32, need not be cut to save memory.
 SMALL_ELEMENTS = 1 << 16
-# A block's inner dimension is at least this long, or the product is bound by rereading its M x M result.
+# Least length of a block's inner dimension.  A shorter matmul is bound by the traffic of its result M.
 MIN_INNER = 256
 
 
 def _equal(count: int, most: int) -> int:
-    """The size of the fewest parts of ``count`` that are about equal and not above ``most``, or 1."""
+    """Size of the parts when ``count`` is cut into the fewest equal parts of at most ``most`` (at least 1)."""
     return count if most >= count else -(-count // -(-count // max(1, most)))
 
 
-def spare_elements(
+def workspace_elements(
     groups: Sequence[Sequence[tuple[int, Rows]]], sources: Sequence[Tensor], match_index: Tensor | None
 ) -> int:
-    """How many elements working buffers may have: memory is bounded by twice the inputs, M apart.
+    """The workspace budget: how many elements all buffers may have.
 
-    The moments that are kept for the backward pass and the rows' numbers count against it.
+    Memory besides M is bounded by twice the inputs.  The moments that are saved for the backward pass and the match index
+    count against the bound.
     """
-    spare = 2 * sum(source.numel() for source in sources)
+    workspace = 2 * sum(source.numel() for source in sources)
     if match_index is not None:
-        spare -= 2 * match_index.numel()  # int64 beside float32
-    if spare <= SMALL_ELEMENTS:
-        return spare  # not asked for more precisely
+        workspace -= 2 * match_index.numel()  # int64 takes twice the memory of float32
+    if workspace <= SMALL_ELEMENTS:
+        return workspace  # :func:`blocks` allows SMALL_ELEMENTS in any case
     for group in groups:
         P, N, D = group[0][1].shape
-        spare -= 3 * len(group) * P * D if keeps_moments(P, N, D) else 0
-    return spare
+        workspace -= 3 * len(group) * P * D if keeps_moments(P, N, D) else 0
+    return workspace
 
 
-def blocks(P: int, N: int, D: int, buffers: int, spare: int) -> Iterator[tuple[slice, list[Block]]]:
+def blocks(P: int, N: int, D: int, buffers: int, workspace: int) -> Iterator[tuple[slice, list[Block]]]:
     """Cut views of P problems (N, D) into groups of problems, each a list of blocks.
 
-    ``buffers`` of a block's size exist at once; together they have at most ``spare`` elements, unless they are small.
-    Small problems share a block; a large one is cut along the dimension that its product sums over: features
-    on the dual side, rows on the primal.
+    ``buffers`` of a block's size exist at once.  Together they have at most ``workspace`` elements, or SMALL_ELEMENTS if
+    that is more.  Small problems share a block.  A large problem is cut along the inner dimension of its matmul: features
+    on the dual side, rows on the primal side.
     """
     dual = uses_dual(P, N, D)
     inner, outer = (D, N) if dual else (N, D)
-    size = min(CACHE_ELEMENTS, max(SMALL_ELEMENTS, spare)) // buffers
+    size = min(CACHE_ELEMENTS, max(SMALL_ELEMENTS, workspace)) // buffers
     problems = _equal(P, size // (N * D))
     step = _equal(inner, max(MIN_INNER, size // (problems * outer)))
     if problems == P and step == inner:

@@ -4,17 +4,18 @@
              = s o o'  dual,   (N, N)
     cov      = (sum(M^2) / (s (N-1))^2 - [dual] sum_d vhat_d^2) / D
 
-c is the centred view, o the operand that the product really uses (c itself unless a faster product rounds it),
+c is the centred view.  o is the operand of the matmul: c itself, unless a reduced precision rounds it.
 vhat = sum_n o^2 / (N-1).  Each term is the mean over problems, then over pairs or views, times its weight.
-s is a power of two near 1 / (N-1): a product applies its factor to one operand first, and any other would round it.
+s is a power of two near 1 / (N-1).  A matmul multiplies one operand by its factor first; any other factor would round it.
+Derivation: docs/how-it-works.md.  Letters: docs/notation.md.
 
-The dual subtracts two sums that are nearly equal when features are decorrelated, and then its M is nearly diagonal.
-A product adds in sequence and loses many weak features after a few strong ones, so the diagonal is summed apart,
+The dual side subtracts two sums.  They are nearly equal if features are decorrelated, and M is then nearly diagonal.
+A matmul adds serially and loses many weak features after a few strong ones.  The diagonal is therefore summed separately,
 pairwise (error at 40x1500 with 40 strong features: 30 u of ||M||^2 without, see tests/data.py).
 
-The centre of a column is kept as two numbers, hi + lo: hi is the rounded mean, lo the mean of what is left after
-subtracting it.  A constant column then centres to exactly zero, and a mean of 1000 standard deviations costs no
-digits.  Long columns are cut: each chunk is centred by itself, and chunks are joined by Chan's formula in float64.
+The centre of a column is kept as two numbers, hi + lo.  hi is the rounded mean, lo the mean of the column minus hi.
+A constant column is then centred to exactly zero, and a mean of 1000 standard deviations costs no digits.  Long columns
+are cut into chunks.  Each chunk is centred separately, and Chan's formula joins the chunks in float64.
 """
 
 import math
@@ -28,10 +29,10 @@ from ... import precision
 from ...plan import Plan
 from ...rows import Block, Rows
 from ...scales import Normalisation
-from ...sides import FEW_SAMPLES, keeps_moments, keeps_operand_variance, uses_dual
+from ...sides import FEW_SAMPLES, keeps_moments, keeps_operand_variance, side_of, uses_dual
 from .blocks import blocks
 
-# Elements whose squares are summed at once, at least and at most: their float64 copy stays in the cache.
+# Least and most elements whose squares are summed at once: their float64 copy stays in the cache.
 _SLICE = 1 << 15, 1 << 17
 
 
@@ -47,16 +48,16 @@ def gram_scale(N: int) -> float:
 
 
 class Statistics(NamedTuple):
-    """What a group's forward pass leaves for its backward pass."""
+    """What a group's forward pass saves for its backward pass."""
 
-    # (3, P, V, 1, D): hi, lo and the standard deviation; a fourth row, vhat, where products may round their operands.
-    # (0,) where few samples of the dual side leave none: they would take more memory than the blocks.
+    # (3, P, V, 1, D): hi, lo and the standard deviation; a fourth row, vhat, where matmuls may round their operands.
+    # (0,) where the dual side has few samples: the moments would take more memory than the blocks.
     moments: Tensor
-    M: Tensor  # (P, V, M, M); (0,) where no covariance was asked for
+    M: Tensor  # (P, V, side, side); (0,) if the covariance term is not computed
 
 
 def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
-    """One block of every view: a fresh tensor (p, V, n, d)."""
+    """One block of every view: a new tensor (p, V, n, d)."""
     parts = [view.read(block) for view in views]
     if all(part.dtype == dtype for part in parts):
         return torch.stack(parts, dim=1)
@@ -68,15 +69,15 @@ def _read(views: Sequence[Rows], block: Block, dtype: torch.dtype) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Sum of the parts, in ``dtype`` where there is something to add."""
+    """Sum of the parts, in ``dtype``; a single part is returned unchanged."""
     return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).to(dtype).sum(0)
 
 
-def _squares(z: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_squares(z: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of z^2 over the rows and over the columns of z (p, V, n, d), in float64: (p, V, 1, d) and (p, V, n, 1).
 
-    The dual subtracts them, and where one feature outweighs the others every rounding shows: in float32 a spike at
-    256x512 costs 15 u of ||M||^2 / D.  In slices, because the copy of a block would be fresh memory.
+    The dual side subtracts them.  If one feature outweighs the others, the result shows every rounding error: in float32
+    a spike at 256x512 costs 15 u of ||M||^2 / D.  z is copied slice by slice, because a copy of a block is new memory.
     """
     wide = precision.scalar_dtype(z.device)
     step = max(1, _slice_elements(z) // z[..., 0].numel())
@@ -92,38 +93,39 @@ def _squares(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _strip(side: int) -> int:
-    """Rows of M that are computed at once: an eighth of a large M, all of a small one.
+    """Rows of M that are computed at once: an eighth of a large M, all rows of a small one.
 
-    Eight strips on and below the diagonal are 9/16 of the work.  Against M computed whole they take 0.58 of the time
-    at 2048x2048 (four strips 0.62, sixteen 0.58), 0.61 at 1024x8192 and, as four strips of 64, 0.71 at 256x8192.
+    Eight strips on and below the diagonal are 9/16 of the work.  Relative to the full M they take 0.58 of the time at
+    2048x2048 (four strips 0.62, sixteen 0.58), 0.61 at 1024x8192 and, as four strips of 64, 0.71 at 256x8192.
     """
     return side if side < 256 else max(64, -(-side // 8))
 
 
-# Multiplications of two products up to which they are done one by one.  Together they are faster on an idle machine (8x16:
-# 3.4 us against 7.6; 33x31: 5.0 against 11.5), but wake another thread: beside two compilers on two cores a pair of 8x16
-# took 8 ms, for a step of 0.6 ms.  At 33x31, 2^16, that was not seen.
+# Multiplications in two matmuls up to which they are separate calls.  One batched call is faster on an idle machine (8x16:
+# 3.4 us against 7.6; 33x31: 5.0 against 11.5), but it wakes another thread.  Beside two compilers on two cores a pair of
+# 8x16 took 8 ms, for a step of 0.6 ms.  At 33x31, 2^16 multiplications, this was not seen.
 _ONE_BY_ONE = 1 << 15
 
 
 def _add_gram(M: Tensor, o: Tensor, dual: bool, scale: float) -> None:
-    """Add scale * o o' (dual) or scale * o'o to M (p, M, M); large ones on and below the diagonal only."""
+    """Add scale * o o' (dual) or scale * o'o to M (p, side, side); of a large M only strips on and below the diagonal."""
     left = o if dual else o.mT
-    strip = _strip(M.shape[-1])
-    if strip == M.shape[-1] and (len(M) > 2 or left.numel() * strip > _ONE_BY_ONE):
+    side = M.shape[-1]
+    strip = _strip(side)
+    if strip == side and (len(M) > 2 or left.numel() * strip > _ONE_BY_ONE):
         M.baddbmm_(left, left.mT, alpha=scale)
-    elif strip == M.shape[-1]:
+    elif strip == side:
         for m, a in zip(M.unbind(), left.unbind(), strict=True):
             m.addmm_(a, a.t(), alpha=scale)
     else:
         for m, a in zip(M.unbind(), left.unbind(), strict=True):
-            for top in range(0, M.shape[-1], strip):
-                bottom = min(top + strip, M.shape[-1])
+            for top in range(0, side, strip):
+                bottom = min(top + strip, side)
                 m[top:bottom, :bottom].addmm_(a[top:bottom], a[:bottom].t(), alpha=scale)
 
 
 def _mirror(M: Tensor) -> None:
-    """Fill what :func:`_add_gram` leaves out: the strips above the diagonal of a large M."""
+    """Fill the strips of a large M that :func:`_add_gram` leaves out, above the diagonal."""
     side = M.shape[-1]
     strip = _strip(side)
     for top in range(strip, side, strip):
@@ -141,157 +143,218 @@ def _sum_of_squares(M: Tensor, dtype: torch.dtype) -> Tensor:
     return _sum(squares, dtype)
 
 
-def _join(counts: list[int], chunks: list[Tensor], into: Tensor, m: Tensor | None) -> Tensor:
-    """Chan's formula: store the centre of joined chunks in ``into`` and return their variance, (p, V, 1, D).
+def _join_chunks(sizes: list[int], chunks: list[Tensor], moments: Tensor, M: Tensor | None) -> Tensor:
+    """Chan's formula: stores the centre of the joined chunks in ``moments`` and returns their variance, (p, V, 1, D).
 
-    ``into`` and the chunks are (3, p, V, 1, D).  A chunk's third row is its share of the variance, sum(c^2) over its
-    own rows, over N - 1.  m (p * V, D, D) gets what lies between chunks.
+    ``moments`` and the chunks are (3, p, V, 1, D).  The third row of a chunk is its share of the variance: sum(c^2) over
+    its rows, divided by N - 1.  The matrix of the differences between the chunks' means is added to M (p * V, D, D).
     """
-    wide = precision.scalar_dtype(into.device)
-    means = torch.stack([chunk[0].to(wide) + chunk[1] for chunk in chunks])  # (K, p, V, 1, D)
-    n = means.new_full((len(counts), 1, 1, 1, 1), counts[0])  # without waiting for the device, as a copy would
-    n[-1] = counts[-1]
-    total = sum(counts)
+    wide = precision.scalar_dtype(moments.device)
+    means = torch.stack([chunk[0].to(wide) + chunk[1] for chunk in chunks])  # (chunks, p, V, 1, D)
+    # Filled on the device.  A copy from the host would wait for the device.
+    rows = means.new_full((len(sizes), 1, 1, 1, 1), sizes[0])
+    rows[-1] = sizes[-1]
+    N = sum(sizes)
     # Relative to the first chunk, so that equal means stay exactly equal.
     offsets = means - means[0]
-    offset = (offsets * n).sum(0) / total
-    between = (offsets - offset) * n.sqrt()
+    offset = (offsets * rows).sum(0) / N
+    between = (offsets - offset) * rows.sqrt()
     center = means[0] + offset
-    into[0].copy_(center)
-    into[1].copy_(center - into[0])
-    if m is not None:
-        b = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(m.dtype)  # (p * V, K, D)
-        _add_gram(m, b, dual=False, scale=gram_scale(total))
+    moments[0].copy_(center)
+    moments[1].copy_(center - moments[0])
+    if M is not None:
+        o = between.squeeze(3).movedim(0, 2).flatten(0, 1).to(M.dtype)  # (p * V, chunks, D)
+        _add_gram(M, o, dual=False, scale=gram_scale(N))
     within = torch.stack([chunk[2] for chunk in chunks]).to(wide).sum(0)
-    return (within + between.square().sum(0) / (total - 1)).to(into.dtype)
+    return (within + between.square().sum(0) / (N - 1)).to(moments.dtype)
 
 
-def _reduce(
-    z: Tensor, N: int, into: Tensor | None, m: Tensor | None, energy: Tensor | None, product: str, dual: bool
+def _reduce_block(
+    z: Tensor,
+    N: int,
+    moments: Tensor | None,
+    M: Tensor | None,
+    row_sq_norms: Tensor | None,
+    matmul_precision: str,
+    dual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Centre one block z (p, V, n, d) of problems with N samples in place, twice, and add its product to m.
+    """Centre one block z (p, V, n, d) of problems with N samples in place, twice, and add its o'o or o o' to M.
 
-    Returns v and vhat, (p, V, 1, d) each, and stores hi and lo in ``into`` (3, p, V, 1, d).  ``energy`` (p, V, n, 1), on
-    the dual side, gets the squares of each sample's operand.
+    Returns v and vhat, (p, V, 1, d) each, and stores hi and lo in ``moments`` (3, p, V, 1, d).  The dual side adds the
+    squared norms of the operand's rows to ``row_sq_norms`` (p, V, n, 1).
     """
-    hi, lo = (None, None) if into is None else (into[0], into[1])
+    hi, lo = (None, None) if moments is None else (moments[0], moments[1])
     z -= torch.mean(z, 2, keepdim=True, out=hi)
     z -= torch.mean(z, 2, keepdim=True, out=lo)
-    o = precision.round_operand(z, product)
+    o = precision.round_operand(z, matmul_precision)
     wide = precision.scalar_dtype(z.device)
-    # A few samples may be so near to each other that float32 has no squares for their distances: scales of 1e-18.
+    # A few samples may lie so close together that the squares of their distances underflow in float32: scales of 1e-18.
     few = N < FEW_SAMPLES
-    if m is not None and dual and few:
-        w = o.flatten(0, 1).to(wide)
-        m.add_(torch.bmm(w, w.mT), alpha=gram_scale(N))
-    elif m is not None:
-        _add_gram(m, o.flatten(0, 1), dual, gram_scale(N))
+    if M is not None and dual and few:
+        o_wide = o.flatten(0, 1).to(wide)
+        M.add_(torch.bmm(o_wide, o_wide.mT), alpha=gram_scale(N))
+    elif M is not None:
+        _add_gram(M, o.flatten(0, 1), dual, gram_scale(N))
     if not dual:
-        squares = z.to(wide).square_() if few else z.mul_(z)  # in place: they need no buffer of their own
+        squares = (
+            z.to(wide).square_() if few else z.mul_(z)
+        )  # in place: the squares need no buffer of their own
         v = squares.sum(2, keepdim=True).div_(N - 1)
         return v, v
-    columns, rows = _squares(z)
+    columns, rows = _sums_of_squares(z)
     operand_v = v = columns.div_(N - 1)
-    if product != "ieee":
-        columns, rows = _squares(o)
+    if matmul_precision != "ieee":
+        columns, rows = _sums_of_squares(o)
         operand_v = columns.div_(N - 1)
-    if energy is not None:
-        energy += rows
+    if row_sq_norms is not None:
+        row_sq_norms += rows
     return v, operand_v
 
 
-def recomputed_moments(views: Sequence[Rows], block: Block, dtype: torch.dtype, product: str) -> Tensor:
-    """The moments of a block of the dual side, where the forward pass kept none."""
+def recomputed_moments(
+    views: Sequence[Rows], block: Block, dtype: torch.dtype, matmul_precision: str
+) -> Tensor:
+    """The moments of a block of the dual side whose forward pass saved none."""
     P, N, D = views[0].shape
     z = _read(views, block, dtype)
     p, V, _, d = z.shape
-    into = z.new_empty(4 if keeps_operand_variance(P, N, D, z.device, product) else 3, p, V, 1, d)
-    v, operand_v = _reduce(z, N, into, None, None, product, dual=True)
-    torch.sqrt(v, out=into[2])
-    if into.shape[0] > 3:
-        into[3].copy_(operand_v)
-    return into
+    rows = 4 if keeps_operand_variance(P, N, D, z.device, matmul_precision) else 3
+    moments = z.new_empty(rows, p, V, 1, d)
+    v, operand_v = _reduce_block(z, N, moments, None, None, matmul_precision, dual=True)
+    torch.sqrt(v, out=moments[2])
+    if rows > 3:
+        moments[3].copy_(operand_v)
+    return moments
 
 
-def terms(views: Sequence[Rows], plan: Plan, product: str, spare: int) -> tuple[list[Tensor], Statistics]:
-    """Weighted invariance, variance and covariance of a group and their sum, and what the gradient needs.
+class _ForwardPass:
+    """The forward pass of one group: the sums of its blocks, and what is saved of them."""
 
-    Reads each view once; works in M and in the buffers of one block of every view (``spare``: see blocks.py).
-    """
-    V = len(views)
-    P, N, D = views[0].shape
-    device = views[0].source.device
-    dtype = precision.accumulation_dtype([view.source.dtype for view in views])
-    wide = precision.scalar_dtype(device)
-    dual = uses_dual(P, N, D)
-    keeps = keeps_moments(P, N, D)
-    rows = 4 if plan.covariance and keeps_operand_variance(P, N, D, device, product) else 3
-    moments = torch.empty((rows, P, V, 1, D) if keeps else (0,), dtype=dtype, device=device)
-    M = energy = None
-    if plan.covariance:
-        side = N if dual else D
-        M = torch.zeros(P, V, side, side, dtype=dtype, device=device)
-        if dual:
-            energy = torch.zeros(P, V, N, 1, dtype=wide, device=device)
-    pairs = plan.pair_list
-    differences: list[Tensor] = []
-    hinges: list[Tensor] = []
-    operand_squares: list[Tensor] = []
+    def __init__(self, views: Sequence[Rows], plan: Plan, matmul_precision: str) -> None:
+        self.views = views
+        self.plan = plan
+        self.matmul_precision = matmul_precision
+        P, N, D = self.shape = views[0].shape
+        V = len(views)
+        device = views[0].source.device
+        self.dtype = precision.accumulation_dtype([view.source.dtype for view in views])
+        self.wide = precision.scalar_dtype(device)
+        self.dual = uses_dual(P, N, D)
+        self.keeps = keeps_moments(P, N, D)
+        self.pairs = plan.pair_list
+        keeps_vhat = plan.covariance and keeps_operand_variance(P, N, D, device, matmul_precision)
+        self.moments = torch.empty(
+            (4 if keeps_vhat else 3, P, V, 1, D) if self.keeps else (0,), dtype=self.dtype, device=device
+        )
+        self.keeps_vhat = keeps_vhat
+        self.M: Tensor | None = None
+        self.row_sq_norms: Tensor | None = None
+        if plan.covariance:
+            side = side_of(P, N, D)
+            self.M = torch.zeros(P, V, side, side, dtype=self.dtype, device=device)
+            if self.dual:
+                self.row_sq_norms = torch.zeros(P, V, N, 1, dtype=self.wide, device=device)
+        # Partial sums, one a block.
+        self.sq_differences: list[Tensor] = []
+        self.hinges: list[Tensor] = []
+        self.operand_v_sq_norms: list[Tensor] = []
 
-    def reduce(block: Block, group: slice, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        z = _read(views, block, dtype)
-        for i, j in pairs:
-            d = z[:, i] - z[:, j]
-            differences.append(d.mul_(d).sum())  # mse_loss takes a third longer
-        m = None if M is None else M[group].flatten(0, 1)  # a view: both dimensions are contiguous
-        return _reduce(z, N, into, m, None if energy is None else energy[group], product, dual)
-
-    def finish(v: Tensor, operand_v: Tensor, into: Tensor | None) -> None:
-        """Add up what needs the variances of whole columns, while they are in the cache."""
-        # What is kept is the root of v, which reaches farther down than v does.
-        std = torch.sqrt(v, out=None if into is None else into[2])
-        hinges.append((plan.gamma - ((v + plan.eps).sqrt() if plan.eps else std)).relu_().sum())
-        if energy is not None:
-            operand_squares.append(_sum_of_squares(operand_v, wide))
-        if into is not None and rows > 3:
-            into[3].copy_(operand_v)
-
-    # Rows that are stacked; where they are gathered first, once more, and as much for the dual's float64 squares and sums;
-    # else the difference of a pair.  Where samples are few, the columns' statistics are as large as the rows.
-    buffers = V + (V if dual or views[0].patch is not None else 1) + (6 * V if N < FEW_SAMPLES else 0)
-    for group, parts in blocks(P, N, D, buffers, spare):
-        if dual or len(parts) == 1:
+    def read(self, workspace: int) -> None:
+        """Read every block once."""
+        P, N, D = self.shape
+        for group, parts in blocks(P, N, D, self._buffers(), workspace):
+            if not self.dual and len(parts) > 1:
+                self._read_chunks(group, parts)
+                continue
             for block in parts:
-                into = block.of_columns(moments) if keeps else None
-                finish(*reduce(block, group, into), into)
-        else:
-            # Before the blocks: what outlives a block and is made within it takes the place of the next one's buffers.
-            chunks = [moments.new_empty(3, len(range(P)[group]), V, 1, D) for _ in parts]
-            for block, chunk in zip(parts, chunks, strict=True):
-                chunk[2].copy_(reduce(block, group, chunk)[0])
-            counts = [len(range(N)[block.rows]) for block in parts]
-            into = moments[:, group]
-            v = _join(counts, chunks, into, None if M is None else M[group].flatten(0, 1))
-            finish(v, v, into)
+                moments = block.of_columns(self.moments) if self.keeps else None
+                self._finish_columns(*self._reduce(block, group, moments), moments)
 
-    factor = gram_scale(N) * (N - 1)
-    scales = Normalisation(V, len(pairs), P, N, D).terms(plan.weights, factor)
-    var = (_sum(hinges, wide) * scales.var).to(dtype)
-    if pairs:
-        inv = (_sum(differences, wide) * scales.inv).to(dtype)
-    else:
-        inv = torch.zeros_like(var)
-    if M is None:
-        return [inv, var, torch.zeros_like(var), inv + var], Statistics(moments, var.new_empty(0))
-    _mirror(M)
-    diagonal = M.diagonal(dim1=-2, dim2=-1)
-    if energy is None:
-        diagonal.zero_()
-        norm = _sum_of_squares(M, wide)
-    else:
-        diagonal.copy_(energy.squeeze(3).mul_(gram_scale(N)))
-        # What is taken off stays finite: infinite covariances are infinite, not nowhere.
-        taken_off = _sum(operand_squares, wide).clamp_max_(torch.finfo(wide).max)
-        norm = torch.sub(_sum_of_squares(M, wide), taken_off, alpha=factor**2).clamp_min_(0)
-    cov = (norm * scales.cov).to(dtype)
-    return [inv, var, cov, inv + var + cov], Statistics(moments, M)
+    def _buffers(self) -> int:
+        """How many buffers of a block's size exist at once."""
+        V = len(self.views)
+        # The stacked rows.  The same again for gathered rows, and for the float64 squares and sums of the dual side; else
+        # the difference of one pair.
+        buffers = V + (V if self.dual or self.views[0].patch is not None else 1)
+        # If samples are few, the statistics of the columns are as large as the rows.
+        return buffers + (6 * V if self.shape[1] < FEW_SAMPLES else 0)
+
+    def _read_chunks(self, group: slice, parts: list[Block]) -> None:
+        """Read problems of the primal side whose columns are cut into several blocks."""
+        P, N, D = self.shape
+        # Allocated before the blocks.  A tensor that is allocated within a block and outlives it takes the place of the next
+        # block's buffers.
+        chunks = [self.moments.new_empty(3, len(range(P)[group]), len(self.views), 1, D) for _ in parts]
+        for block, chunk in zip(parts, chunks, strict=True):
+            chunk[2].copy_(self._reduce(block, group, chunk)[0])
+        sizes = [len(range(N)[block.rows]) for block in parts]
+        moments = self.moments[:, group]
+        v = _join_chunks(sizes, chunks, moments, self._matrices(group))
+        self._finish_columns(v, v, moments)
+
+    def _matrices(self, group: slice) -> Tensor | None:
+        """M of a group of problems, (p * V, side, side): a view, because both dimensions are contiguous."""
+        return None if self.M is None else self.M[group].flatten(0, 1)
+
+    def _reduce(self, block: Block, group: slice, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add the sums of one block; returns v and vhat of its columns."""
+        z = _read(self.views, block, self.dtype)
+        for i, j in self.pairs:
+            difference = z[:, i] - z[:, j]
+            self.sq_differences.append(difference.mul_(difference).sum())  # mse_loss takes a third longer
+        row_sq_norms = None if self.row_sq_norms is None else self.row_sq_norms[group]
+        M = self._matrices(group)
+        return _reduce_block(z, self.shape[1], moments, M, row_sq_norms, self.matmul_precision, self.dual)
+
+    def _finish_columns(self, v: Tensor, operand_v: Tensor, moments: Tensor | None) -> None:
+        """Add the sums over the variances of complete columns, while they are in the cache."""
+        eps = self.plan.eps
+        # The root of v is saved: it underflows later than v.
+        std = torch.sqrt(v, out=None if moments is None else moments[2])
+        self.hinges.append((self.plan.gamma - ((v + eps).sqrt() if eps else std)).relu_().sum())
+        if self.row_sq_norms is not None:
+            self.operand_v_sq_norms.append(_sum_of_squares(operand_v, self.wide))
+        if moments is not None and self.keeps_vhat:
+            moments[3].copy_(operand_v)
+
+    def outputs(self) -> list[Tensor]:
+        """Weighted invariance, variance and covariance, and their sum."""
+        P, N, D = self.shape
+        factor = gram_scale(N) * (N - 1)
+        normalisation = Normalisation(len(self.views), len(self.pairs), P, N, D)
+        scales = normalisation.terms(self.plan.weights, factor)
+        var = (_sum(self.hinges, self.wide) * scales.var).to(self.dtype)
+        inv = self._invariance(scales.inv) if self.pairs else torch.zeros_like(var)
+        if self.M is None:
+            return [inv, var, torch.zeros_like(var), inv + var]
+        cov = (self._off_diagonal_sum_of_squares(self.M, factor) * scales.cov).to(self.dtype)
+        return [inv, var, cov, inv + var + cov]
+
+    def _invariance(self, scale: float) -> Tensor:
+        return (_sum(self.sq_differences, self.wide) * scale).to(self.dtype)
+
+    def _off_diagonal_sum_of_squares(self, M: Tensor, factor: float) -> Tensor:
+        """Complete M, and sum its squares: factor^2 times the sum of the squared off-diagonal covariances."""
+        _mirror(M)
+        diagonal = M.diagonal(dim1=-2, dim2=-1)
+        if self.row_sq_norms is None:
+            diagonal.zero_()
+            return _sum_of_squares(M, self.wide)
+        diagonal.copy_(self.row_sq_norms.squeeze(3).mul_(gram_scale(self.shape[1])))
+        # Clamped, so that infinite covariances give inf, and inf - inf is not NaN.
+        subtracted = _sum(self.operand_v_sq_norms, self.wide).clamp_max_(torch.finfo(self.wide).max)
+        return torch.sub(_sum_of_squares(M, self.wide), subtracted, alpha=factor**2).clamp_min_(0)
+
+
+def terms(
+    views: Sequence[Rows], plan: Plan, matmul_precision: str, workspace: int
+) -> tuple[list[Tensor], Statistics]:
+    """Weighted invariance, variance and covariance of a group, their sum, and what the backward pass needs.
+
+    Each view is read once.  Working memory is M and the buffers of one block of every view; ``workspace``: see blocks.py.
+    """
+    forward = _ForwardPass(views, plan, matmul_precision)
+    forward.read(workspace)
+    outputs = forward.outputs()
+    M = forward.moments.new_empty(0) if forward.M is None else forward.M
+    return outputs, Statistics(forward.moments, M)

@@ -1,13 +1,14 @@
 """Nearest-neighbour patch matching.
 
-    d(q, c) = sum_a (q_a - c_a)^2                                up to three coordinates: locations
-            = |q - s|^2 + |c - s|^2 - 2 (q - s).(c - s)          longer rows: features
+    distance(q, c) = sum_a (q_a - c_a)^2                         up to three channels: locations
+                   = |q - s|^2 + |c - s|^2 - 2 (q - s).(c - s)   more channels: features
 
-s is one vector for both maps, the candidates' mean: it cancels in the distance, and the products no longer
-subtract two large numbers (at mean 10 sigma the nearest distance's error falls from 1.7e-2 to 1e-4).  Row minima
-and column minima of one tile are the matches of both directions; no (B, P1, P2) matrix exists.
+q is a query and c a candidate.  s is one vector for both maps, the mean of the candidates.  It cancels in the distance.
+Without it, the distance is a small difference of large numbers (at mean 10 sigma the nearest distance's error falls from
+1.7e-2 to 1e-4).  The row minima and the column minima of one tile are the matches of both directions.  The matrix
+(B, P1, P2) is never stored.
 
-Locations are added up one axis at a time, multiplication and addition apart, so that exact ties stay exact.
+The squares of locations are added axis by axis, without fused multiply-add, so that exact ties stay exact.
 """
 
 from typing import NamedTuple
@@ -19,64 +20,64 @@ from ... import precision
 from .blocks import SMALL_ELEMENTS
 
 # Elements of one tile of distances: 2^19 float32 stay in the second-level cache.  Two tiles take no more memory than
-# both maps, unless these are small.
+# both maps, unless the maps are small.
 TILE_ELEMENTS = 1 << 19
 # Elements of both maps that are centred at once: 4 MiB of float32.  On two cores 2^19 took 0.97 to 1.04 times as long
-# over four shapes, 2^21 1.0 to 1.12 times.
+# over four shapes, 2^21 took 1.0 to 1.12 times.
 MAP_ELEMENTS = 1 << 20
-# Rows this short are locations.
+# Patches with at most this many channels are locations.
 MAX_COORDINATES = 3
 
 
 class Nearest(NamedTuple):
-    """Each query's nearest candidate: an ordering value and its number, (B, P1) each."""
+    """Each query's nearest candidate, (B, P1) each: the value by which matches are ordered, and the candidate's index."""
 
     value: Tensor
     candidate: Tensor
 
 
 class _Operands(NamedTuple):
-    """Both maps of some images, ready for tiles: features centred, with their squared norms (B, P)."""
+    """Both maps of some images.  Features are shifted by s and come with their squared row norms (B, P)."""
 
     queries: Tensor
     candidates: Tensor
-    norms: tuple[Tensor, Tensor] | None
+    row_sq_norms: tuple[Tensor, Tensor] | None
 
 
 def _prepare(queries: Tensor, candidates: Tensor, dtype: torch.dtype) -> _Operands:
     if queries.shape[-1] <= MAX_COORDINATES:
         return _Operands(queries.to(dtype), candidates.to(dtype), None)
-    # Any common vector will do; a channel in which some candidate is not finite stays as it is.
+    # Any vector is right, as long as both maps have the same.  A channel with a candidate that is not finite is not shifted.
     shift = candidates.mean(dim=1, keepdim=True, dtype=dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    (q, q_norm), (c, c_norm) = _centred(queries, shift), _centred(candidates, shift)
-    return _Operands(q, c, (q_norm, c_norm))
+    (q, q_sq_norms), (c, c_sq_norms) = _shifted(queries, shift), _shifted(candidates, shift)
+    return _Operands(q, c, (q_sq_norms, c_sq_norms))
 
 
-def _centred(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows minus the shift, in its type, and their squared norms.
+def _shifted(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows minus the shift, in the type of the shift, and their squared norms.
 
-    A row whose norm is not finite is at infinity from every other, or nowhere, and its norm alone says which: its
-    products would turn one into the other, so the row is zero in them.
+    A row whose squared norm is inf or NaN has the distance inf or NaN to every other row.  The norm alone decides which:
+    the matmul could turn inf into NaN, so the row is set to zero in it.
     """
     z = z - shift
-    norm = torch.linalg.vecdot(z, z)
-    finite = norm.isfinite()
-    # On a CPU looking costs nothing, and the fill a pass.
+    row_sq_norms = torch.linalg.vecdot(z, z)
+    finite = row_sq_norms.isfinite()
+    # On a CPU the test costs almost nothing and the fill one pass.  On other devices the test would wait for the device.
     if z.device.type != "cpu" or torch.compiler.is_compiling() or not finite.all():
         z.masked_fill_(~finite[..., None], 0.0)
-    return z, norm
+    return z, row_sq_norms
 
 
 def _tile(operands: _Operands, part: slice) -> Tensor:
-    """Ordering values of a part of the queries to every candidate; NaN ordered behind infinity."""
-    q, c, norms = operands
-    if norms is not None:
-        tile = norms[0][:, part, None] + norms[1][:, None, :]
+    """Distances of a part of the queries to all candidates, as :func:`ordered` returns them."""
+    q, c, row_sq_norms = operands
+    if row_sq_norms is not None:
+        tile = row_sq_norms[0][:, part, None] + row_sq_norms[1][:, None, :]
         tile.baddbmm_(q[:, part], c.mT, alpha=-2)
     else:
         axes = zip(q[:, part].unbind(-1), c.unbind(-1), strict=True)
-        differences = (a[:, :, None] - b[:, None, :] for a, b in axes)
-        squares = (d.mul_(d) for d in differences)
+        differences = (q_axis[:, :, None] - c_axis[:, None, :] for q_axis, c_axis in axes)
+        squares = (difference.mul_(difference) for difference in differences)
         tile = next(squares)
         for square in squares:
             tile += square
@@ -84,44 +85,45 @@ def _tile(operands: _Operands, part: slice) -> Tensor:
 
 
 def ordered(distances: Tensor) -> Tensor:
-    """Distances with NaN at infinity and infinity below it, in place: NaN is never nearer than a number."""
+    """Distances with NaN replaced by inf, and inf by the largest finite number, in place: NaN comes last in any order."""
     return distances.nan_to_num_(nan=torch.inf, posinf=torch.finfo(distances.dtype).max)
 
 
 def ordering(queries: Tensor, candidates: Tensor) -> Tensor:
-    """The whole matrix (B, P1, P2) that :func:`nearest` never holds, for those who want to see it."""
+    """The complete matrix (B, P1, P2) of ordered distances, of which :func:`nearest` holds one tile at a time."""
     dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
     return _tile(_prepare(queries, candidates, dtype), slice(None))
 
 
 def _minimum(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Minima of a tile without NaN along ``dim`` and the first positions that have them.
+    """Minima of a tile without NaN along ``dim``, and the lowest indices at which they occur.
 
-    Two plain minima with a comparison between them take a third of the time of one that carries positions (13 tiles
-    of 196x196), but not where rows are short (32 of 49x49) or elements few.
+    Two calls of amin and a comparison take a third of the time of one min that returns indices (13 tiles of 196x196).
+    For short rows (32 tiles of 49x49) or few elements they do not.
     """
     if tile.shape[dim] < 128 or tile.numel() < 1 << 16:
-        value, position = tile.min(dim)
-        return value, position
+        value, index = tile.min(dim)
+        return value, index
     value = tile.amin(dim, keepdim=True)
     size = tile.shape[dim]
-    numbers = torch.arange(size, dtype=tile.dtype, device=tile.device)
-    elsewhere = torch.gt(tile, value, out=torch.empty_like(tile))  # 1 where the minimum is not
-    elsewhere = elsewhere.mul_(size).add_(numbers if dim == 2 else numbers[:, None])
-    return value.squeeze(dim), elsewhere.amin(dim).long()
+    indices = torch.arange(size, dtype=tile.dtype, device=tile.device)
+    # The index where the minimum occurs; at least ``size`` everywhere else.
+    candidates = torch.gt(tile, value, out=torch.empty_like(tile))
+    candidates = candidates.mul_(size).add_(indices if dim == 2 else indices[:, None])
+    return value.squeeze(dim), candidates.amin(dim).long()
 
 
 def nearest(queries: Tensor, candidates: Tensor, both: bool) -> list[Nearest]:
-    """Nearest candidate of every query; ``both``: and nearest query of every candidate.
+    """Nearest candidate of every query, and with ``both`` the nearest query of every candidate.
 
-    queries (B, P1, C), candidates (B, P2, C), any floating types and strides.  NaN is never nearer than a number,
-    infinity included; equal distances go to the lowest number.
+    queries (B, P1, C), candidates (B, P2, C), any floating types and strides.  A NaN distance is never nearer than any
+    other, inf included.  Equal distances go to the lowest index.
     """
     dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
     B, P1, C = queries.shape
     P2 = candidates.shape[1]
     device = queries.device
-    rows, *back = (
+    x_to_y, *y_to_x = (  # y_to_x: empty, or the one other direction
         Nearest(
             torch.empty(B, P, dtype=dtype, device=device), torch.empty(B, P, dtype=torch.int64, device=device)
         )
@@ -137,21 +139,21 @@ def nearest(queries: Tensor, candidates: Tensor, both: bool) -> list[Nearest]:
         for top in range(0, P1, step):
             part = slice(top, top + step)
             tile = _tile(operands, part)
-            rows.value[group, part], rows.candidate[group, part] = _minimum(tile, 2)
-            for columns in back:
+            x_to_y.value[group, part], x_to_y.candidate[group, part] = _minimum(tile, 2)
+            for reverse in y_to_x:
                 value, query = _minimum(tile, 1)
                 if top:
-                    before = columns.value[group]
-                    nearer = value < before  # an equal one further down does not replace the first
-                    value = torch.where(nearer, value, before)
-                    query = torch.where(nearer, query + top, columns.candidate[group])
-                columns.value[group], columns.candidate[group] = value, query
-    return [rows, *back]
+                    previous = reverse.value[group]
+                    nearer = value < previous  # an equal distance does not replace a lower index
+                    value = torch.where(nearer, value, previous)
+                    query = torch.where(nearer, query + top, reverse.candidate[group])
+                reverse.value[group], reverse.candidate[group] = value, query
+    return [x_to_y, *y_to_x]
 
 
-def select(found: Nearest, num_matches: int, match_order: str) -> tuple[Tensor, Tensor]:
-    """The ``num_matches`` queries nearest to their candidates: (query, candidate), (B, m) each."""
-    query = found.value.sort(dim=1, stable=True).indices[:, :num_matches]
+def select(nearest: Nearest, num_matches: int, match_order: str) -> tuple[Tensor, Tensor]:
+    """Indices of the ``num_matches`` queries nearest to their candidates: (query, candidate), (B, m) each."""
+    query = nearest.value.sort(dim=1, stable=True).indices[:, :num_matches]
     if match_order == "patch":
         query = query.sort(dim=1).values
-    return query, found.candidate.gather(1, query)
+    return query, nearest.candidate.gather(1, query)

@@ -55,7 +55,7 @@ def matmul_policy(plan_precision: str | None, sources: Sequence[Tensor], device:
     if plan_precision is None and dtypes in ({torch.float16}, {torch.bfloat16}):
         requested = "fp16" if dtypes == {torch.float16} else "bf16"
     else:
-        requested = precision.resolve_product(plan_precision, torch_device, list(dtypes))
+        requested = precision.resolve_matmul_precision(plan_precision, torch_device, list(dtypes))
     # gfx950 has no TF32: float32 matmuls of rounded operands give the same numbers.
     tf32 = "ieee" if device.arch == "gfx950" else "tf32"
     # Three TF32 matmuls are accurate to float32 and run on tensor cores; AMD GPUs multiply float32 natively.
@@ -97,7 +97,7 @@ class Group(NamedTuple):
     views: Views  # the kernels' argument: tensors and strides
 
     @property
-    def index(self) -> Tensor | None:
+    def match_index(self) -> Tensor | None:
         """(V, P, N); None: every row is a sample."""
         return self.views.index_ptr  # type: ignore[no-any-return]  # Any: kernels take it as a pointer
 
@@ -118,7 +118,7 @@ class Group(NamedTuple):
         steps = [step for source in sources for step in (source.stride_p, source.stride_n)]
         starts = [source.ptr.storage_offset() for source in sources]
         unit = all(source.stride_d == 1 for source in sources)
-        return self.index is None and unit and not any(n % 16 for n in (*steps, *starts, self.D))
+        return self.match_index is None and unit and not any(n % 16 for n in (*steps, *starts, self.D))
 
     def key(self, device: Device, kernel: str, kind: str = "") -> Key:
         """What the configuration of a kernel is chosen by."""

@@ -61,7 +61,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 def terms(call: Call) -> list[Tensor]:
     """[weighted inv, var, cov, their sum; moments, M, operand]; the last three are empty if nothing is saved."""
     group, plan, matmul, _ = call
-    shapes = saved(plan, matmul, group.index is not None, group.V, group.P, group.N, group.D)
+    shapes = saved(plan, matmul, group.match_index is not None, group.V, group.P, group.N, group.D)
     kept = [group.empty(*shape, dtype=dtype) for shape, dtype in shapes]
     outputs = [group.empty() for _ in range(4)]
     forward = _dual_forward if group.dual else _primal_forward
@@ -85,9 +85,9 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
     V, P, N, D = group.V, group.P, group.N, group.D
     moments, M, operand = map(_or_none, kept)
-    if group.index is not None and moments is None:  # the gram kernel centres gathered rows with the moments
+    if group.match_index is not None and moments is None:  # the gram kernel centres gathered rows with the moments
         moments = group.empty(4, P, V, D)
-    elif group.index is None and operand is None:
+    elif group.match_index is None and operand is None:
         operand = group.empty(V, P, N, D, dtype=matmul.dtype)
     moments_key, gram_key = forward_keys(group, matmul, device)
     config: Moments = choose(moments_key)
@@ -196,7 +196,7 @@ def gradient(
     config: Gradient = choose(key)
     inv, var, cov = upstream
     x, y = (
-        group.empty(group.pairs, P, N, D, dtype=torch.float32 if group.index is not None else source.ptr.dtype)
+        group.empty(group.pairs, P, N, D, dtype=torch.float32 if group.match_index is not None else source.ptr.dtype)
         if need
         else None
         for source, need in zip((group.views.x, group.views.y), [*needs, False][:2], strict=True)
@@ -233,7 +233,7 @@ def scatter(call: Call, which: int, grads: Tensor, shape: Sequence[int], total: 
     block_d = block_of(D, _COLUMNS_INTERPRETED if device == INTERPRETER else _COLUMNS)
     tiles = -(-patches // block_l) * -(-D // block_d)
     scatter_rows._scatter_backward_kernel[(images * tiles,)](
-        g_ptr=grads, index_ptr=group.index, total_ptr=total,
+        g_ptr=grads, index_ptr=group.match_index, total_ptr=total,
         first_view=first_view, view_step=view_step,
         image_stride=image_stride, match_stride=match_stride, view_stride=P * N,
         m=m, L=patches, D=D,

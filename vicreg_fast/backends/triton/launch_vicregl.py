@@ -89,7 +89,7 @@ def terms(
     partials = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
     vicregl._vicregl_forward_kernel[(8 * B,)](
-        views=_views(sources, matches.index), gram_ptr=gram if gram.numel() else None, partials_ptr=partials,
+        views=_views(sources, matches.match_index), gram_ptr=gram if gram.numel() else None, partials_ptr=partials,
         arrival_counter_ptr=matches.arrival_counter,
         location=Terms(*outputs[:4]), feature=Terms(*outputs[4:8]), total_ptr=outputs[8],
         scales=match_set_scales(_loss_weights(plan), B, D)[0],
