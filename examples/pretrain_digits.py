@@ -1,8 +1,8 @@
 """Pretrain a small encoder with VICReg on the handwritten digits of scikit-learn, without a label or a download.
 
-Two random views of each 8x8 image pass through a convolutional encoder and an expander; the loss compares their
-embeddings.  At the end a linear probe with a few labels reads the encoder's features, beside those of the same
-encoder untrained and beside raw pixels.  The training takes 13 seconds on two free CPU cores.
+Two random views of each 8x8 image pass through a convolutional encoder and an expander, and the loss compares their
+embeddings.  Then a linear probe with a few labels is trained on the encoder's features, on those of the untrained encoder
+and on raw pixels.  The training takes 13 seconds on two free CPU cores.
 
     python examples/pretrain_digits.py                  # vicreg_fast's loss
     python examples/pretrain_digits.py --loss eager     # the same training on the eager reference
@@ -40,14 +40,14 @@ except ModuleNotFoundError as missing:
 
 BACKENDS = {"fast": "auto", "eager": "reference"}
 TERMS = {"loss": "total", "inv-loss": "invariance", "var-loss": "variance", "cov-loss": "covariance"}
-SIZE = 16  # pixels a side of a view: room for three resolutions in the encoder
+SIZE = 16  # pixels a side of a view: enough for three resolutions in the encoder
 FEATURES = 128  # of the encoder: twice the pixels of a digit
-PROBE_DRAWS = 10  # random choices of labelled images: brings the mean's error well under one point
+PROBE_DRAWS = 10  # random choices of labelled images: the standard error of the mean is well under one point
 
 
 @dataclass
 class Digits:
-    """Images (n, 1, 8, 8) in [0, 1] and labels (n,), of the images trained on and of those held out."""
+    """Images (n, 1, 8, 8) in [0, 1] and labels (n,), for training and held out."""
 
     train: Tensor
     train_labels: Any
@@ -68,7 +68,7 @@ class Run:
 
 
 def load(seed: int) -> Digits:
-    """Three quarters of the digits to train on, a quarter held out, in equal shares of each class."""
+    """Three quarters of the digits for training, a quarter held out, with equal shares of each class."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
@@ -78,8 +78,8 @@ def load(seed: int) -> Digits:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """One random view of each image: (n, 1, 8, 8) to (n, 1, SIZE, SIZE).
 
-    Rotation by up to 20 degrees, scale, shift and shear by up to a fifth, contrast, brightness, noise, and an
-    erased square of a third of the side: what changes a digit's look and leaves it readable.
+    Rotation by up to 20 degrees; scale, shift and shear by up to a fifth; contrast, brightness and noise; an erased square
+    of a third of the side.  The digit stays readable.
     """
     n = len(images)
 
@@ -90,7 +90,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = ((cos, shear - sin, 0.2 * uniform()), (sin, cos, 0.2 * uniform()))
     transform = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    # One interpolation both moves the image and enlarges it.
+    # One interpolation transforms and enlarges the image.
     views = F.grid_sample(
         images, F.affine_grid(transform, [n, 1, SIZE, SIZE], align_corners=False), align_corners=False
     )
@@ -115,16 +115,16 @@ def build_encoder() -> nn.Sequential:
 
 
 def build_expander(width: int, hidden: int = 512) -> nn.Sequential:
-    """Two linear layers, (n, FEATURES) to embeddings (n, width); only the loss sees them."""
+    """Two linear layers, (n, FEATURES) to embeddings (n, width), used by the loss only."""
     return nn.Sequential(
         nn.Linear(FEATURES, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
     )
 
 
 def pretrain(images: Tensor, initial: nn.Module, name: str, args: argparse.Namespace) -> Run:
-    """Train a copy of ``initial`` on images (n, 1, 8, 8); Ctrl-C ends it early and keeps what there is.
+    """Train a copy of ``initial`` on images (n, 1, 8, 8); Ctrl-C ends the training early and keeps its results.
 
-    The seed alone decides weights, batches and augmentations: the loss's implementation has no say in them.
+    Weights, batches and augmentations depend on the seed, not on the loss's implementation.
     """
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -158,10 +158,10 @@ def train_step(
     images: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """One step on images (n, 1, 8, 8), appended to ``run``, with the loss's forward and backward timed alone."""
+    """One step on images (n, 1, 8, 8), appended to ``run``; the loss's forward and backward are timed separately."""
     start = time.perf_counter()
     embeddings = model(torch.cat([augment(images, generator), augment(images, generator)]))
-    # Cut from the model, the loss's backward ends at x and y and its time is the loss's only.
+    # Detached from the model, the loss's backward ends at x and y, so that its time is the loss's own.
     x, y = (view.detach().requires_grad_() for view in embeddings.chunk(2))
     before = time.perf_counter()
     losses = criterion(x, y)
@@ -170,7 +170,7 @@ def train_step(
     optimizer.zero_grad()
     embeddings.backward(torch.cat(gradients))
     optimizer.step()
-    # All lists grow together, after the step: an interrupt before this line leaves them alike in length.
+    # All lists grow after the step: an interrupt before this line leaves them with equal lengths.
     run.loss_seconds.append(after - before)
     run.step_seconds.append(time.perf_counter() - start)
     for key, curve in run.curves.items():
@@ -181,14 +181,14 @@ def train_step(
 def encode(encoder: nn.Module, digits: Digits) -> tuple[Any, Any]:
     """Features of the training and held-out images, (n, FEATURES) each, with plain images' statistics.
 
-    Batch normalisation takes its statistics from the training images anew.  Without that the untrained encoder
-    would have none at all, and a comparison with it would flatter the trained one.
+    Batch normalisation takes new statistics from the training images.  Otherwise the untrained encoder would have none, and
+    the comparison would favour the trained one.
     """
     encoder = copy.deepcopy(encoder).train()
     for layer in encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
-            layer.momentum = None  # a plain mean over what it sees: here, one batch
+            layer.momentum = None  # a plain mean over all batches: here, one batch
     train, test = (F.interpolate(x, size=SIZE, mode="bilinear") for x in (digits.train, digits.test))
     encoder(train)
     encoder.eval()
@@ -248,10 +248,10 @@ def draw_figure(
     curves.grid(alpha=0.3, which="both")
     curves.legend(ncols=len(runs), fontsize=9)
 
-    place, (mean, deviation, every) = np.arange(len(accuracies)), np.array(list(accuracies.values())).T
+    place, (mean, deviation, full) = np.arange(len(accuracies)), np.array(list(accuracies.values())).T
     few_label = f"{args.labels_per_class} labels a class, ± sd of {PROBE_DRAWS} draws"
     few_bars = bars.bar(place - 0.2, mean, 0.38, yerr=deviation, capsize=3, color="C0", label=few_label)
-    all_bars = bars.bar(place + 0.2, every, 0.38, color="C7", label=f"all {len(digits.train)} labels")
+    all_bars = bars.bar(place + 0.2, full, 0.38, color="C7", label=f"all {len(digits.train)} labels")
     for bar in (few_bars, all_bars):
         bars.bar_label(bar, fmt="%.1f", label_type="center", color="white", fontsize=9)
     bars.set_xticks(place, [name.replace(" ", "\n", 2) for name in accuracies], fontsize=9)
@@ -302,12 +302,12 @@ def report(
     print(
         f"\n{'linear probe, held-out accuracy in %':<38}{f'{args.labels_per_class} labels a class':>20}{'all':>8}"
     )
-    for name, (mean, deviation, every) in accuracies.items():
-        print(f"{name:<38}{f'{mean:.1f} ± {deviation:.1f}':>20}{every:>8.1f}")
+    for name, (mean, deviation, full) in accuracies.items():
+        print(f"{name:<38}{f'{mean:.1f} ± {deviation:.1f}':>20}{full:>8.1f}")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Digits]:
-    """Arguments and data, with every mistake told before training starts."""
+    """Checked arguments, and the data; exits with an error if an argument is bad."""
     summary = str(__doc__).split("\n\n")[0]
     parser = argparse.ArgumentParser(
         description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -352,7 +352,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Digits]:
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         earlier = args.output.exists()
-        args.output.open("ab").close()  # leaves an earlier picture as it is
+        args.output.open("ab").close()  # does not change an earlier picture
         if not earlier:
             args.output.unlink()
     except OSError as error:
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     for run in runs:
         label = f"trained encoder ({run.name} loss)" if len(runs) > 1 else "trained encoder"
         representations[label] = encode(run.encoder, digits)
-    # The probe's and the map's products are too small to share: threads would only wait for each other.
+    # The probe and t-SNE form small products: more threads would only wait for each other.
     with threadpool_limits(1):
         accuracies = {
             n: probe(*f, digits, args.labels_per_class, args.seed) for n, f in representations.items()
