@@ -81,10 +81,13 @@ def _covariance_matmul(
 
 @triton.jit
 def _complete(
-    g, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+    g, a, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
     DUAL: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """g, the matmul's part, with all other parts added, for rows n and columns d.  moments: of this view; step: between them."""
+    """g, a times the matmul, with all other parts added, for rows n and columns d.
+
+    moments: those of this view; step: between two of them.
+    """
     mask = (n < N)[:, None] & (d < D)[None, :]
     z = load_rows(column_pointers(source, d), rows, mask)
     if upstream.var_ptr is not None or (upstream.cov_ptr is not None and DUAL):
@@ -93,7 +96,6 @@ def _complete(
         c = z - hi[None, :] - lo[None, :]
     if upstream.cov_ptr is not None and DUAL:
         # The operand is recomputed from z: cheaper than reading it.
-        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
         operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)
         g -= round_to_format(c, FORMAT) * (a * operand_v)[None, :]
     if upstream.var_ptr is not None:
@@ -143,12 +145,14 @@ def _gradient_kernel(
     step = P * VIEWS * D  # of moments (4 or 3, P, V, D)
     moments = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    a = 0.0
     if upstream.cov_ptr is not None:
+        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
         g = _covariance_matmul(
             views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
             d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        g *= tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
+        g *= a
     g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
     if x_grad_ptr is not None and y_grad_ptr is not None:
         if is_of_y(v):
@@ -165,7 +169,7 @@ def _gradient_kernel(
         h = g if PIECES == 1 else g0 if piece == 0 else g1 if piece == 1 else g2 if piece == 2 else g3
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         h = _complete(
-            h, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+            h, a, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
             DUAL, FORMAT,
         )  # fmt: skip
         tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=(n < N)[:, None] & (d < D)[None, :])

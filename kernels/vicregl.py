@@ -24,11 +24,10 @@ from .views import column_pointers, load_rows, match_set_offset, matches_of, sel
 
 
 @triton.jit
-def _gram_offset(kind, direction, side, b, B, m, m1, m2):
-    """Offset of an image's Gram matrix (m, m) in the flat Gram matrices, which are laid out as the index is."""
+def _gram_set_offset(kind, direction, B, m1, m2):
+    """Offset of a match set in the flat Gram matrices, which are laid out as the index is."""
     m1 = m1.to(tl.int64)
-    set_offset = 2 * B * (kind * (m1 * m1 + m2.to(tl.int64) * m2) + direction * m1 * m1)
-    return set_offset + (side * B + b) * m * m
+    return 2 * B * (kind * (m1 * m1 + m2.to(tl.int64) * m2) + direction * m1 * m1)
 
 
 @triton.jit
@@ -158,7 +157,7 @@ def _vicregl_forward_kernel(
     if DUAL:
         G_ptr = gram_ptr
         if gram_ptr is not None:
-            G_ptr = gram_ptr + _gram_offset(kind, direction, side, b, B, m, m1, m2)
+            G_ptr = gram_ptr + _gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
         degrees = m.to(tl.float64) - 1
         cov = cov / (degrees * degrees) + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT)
     at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
@@ -170,16 +169,17 @@ def _vicregl_forward_kernel(
 
 @triton.jit
 def _match_set_gradient(
-    views, gram_ptr, upstream, scales, kind, direction, of_y, b, n, d, B, D, m1, m2, gamma, eps,
+    views, index_ptr, gram_ptr, upstream, scales, direction, of_y, b, n, d, B, D, m, gamma, eps,
     DUAL: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """(m, gradient of the matched rows of one source in one match set (rows n, columns d), pointer to their indices)."""
+    """Of one source's rows in one match set, rows n and columns d: (gradient, pointer to the indices of the rows).
+
+    index_ptr, gram_ptr: those of the match set.
+    """
     # Beside a float32 M, as float16 has it, the operand is float32 too.
     LEFT: tl.constexpr = tl.float32 if FORMAT == "fp16" else OPERAND_TYPE
     WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
-    m = matches_of(direction, m1, m2)
-    index_ptr = views.index_ptr + match_set_offset(kind, direction, B, m1, m2)
     side = direction ^ of_y  # 0: this source's rows are the queries
     source = select_source(views, 2 * direction + side)
     mask = (n < m)[:, None] & (d < D)[None, :]
@@ -192,7 +192,7 @@ def _match_set_gradient(
         a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov / (m - 1)
         if DUAL:
             inside = (n < m)[:, None] & (n < m)[None, :]
-            G_ptr = gram_ptr + _gram_offset(kind, direction, side, b, B, m, m1, m2)
+            G_ptr = gram_ptr + (side * B + b) * m * m
             G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
             wide = o.to(WIDE)
             operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
@@ -218,7 +218,7 @@ def _match_set_gradient(
         other_rows = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
         other = load_rows(column_pointers(other_source, d), other_rows, mask)
         g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv / m)
-    return m, g, index_ptr + side * B * m + b * m
+    return g, index_ptr + side * B * m + b * m
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
@@ -253,11 +253,20 @@ def _vicregl_gradient_kernel(
     for kind in tl.static_range(2):
         upstream = location if kind == 0 else feature
         if upstream.inv_ptr is not None or upstream.var_ptr is not None or upstream.cov_ptr is not None:
+            index_ptr = views.index_ptr + match_set_offset(kind, 0, B, m1, m2)
+            G_ptr = gram_ptr
+            if gram_ptr is not None:
+                G_ptr = gram_ptr + _gram_set_offset(kind, 0, B, m1, m2)
             for direction in range(2):
-                m, g, index_ptr = _match_set_gradient(
-                    views, gram_ptr, upstream, scales, kind, direction, of_y, b, n, d, B, D, m1, m2, gamma, eps,
+                m = matches_of(direction, m1, m2)
+                g, own_index_ptr = _match_set_gradient(
+                    views, index_ptr, G_ptr, upstream, scales, direction, of_y, b, n, d, B, D, m, gamma, eps,
                     DUAL, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_F,
                 )  # fmt: skip
-                out = add_rows(out, g, n, m, index_ptr, 1, patch, EXACT_PRECISION)
+                out = add_rows(out, g, n, m, own_index_ptr, 1, patch, EXACT_PRECISION)
+                # From the match set x to y to that of y to x.
+                index_ptr += 2 * B * m1
+                if gram_ptr is not None:
+                    G_ptr += 2 * B * m1 * m1
     at = g_ptr + (b * L + patch)[:, None] * D + d[None, :]
     tl.store(at, out, mask=(patch < L)[:, None] & (d < D)[None, :])

@@ -114,7 +114,7 @@ def test_products_are_formed_as_requested_and_the_setting_is_restored(
     product: str, within: str, before: str
 ) -> None:
     matmul.fp32_precision = before
-    with precision.exact_products(product, CUDA):
+    with precision.set_matmul_precision(product, CUDA):
         actual = matmul.fp32_precision
     assert (actual, matmul.fp32_precision) == (within, before)
 
@@ -122,7 +122,7 @@ def test_products_are_formed_as_requested_and_the_setting_is_restored(
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
 def test_the_setting_is_restored_after_an_error(before: str) -> None:
     matmul.fp32_precision = before
-    with pytest.raises(ZeroDivisionError), precision.exact_products("ieee", CUDA):
+    with pytest.raises(ZeroDivisionError), precision.set_matmul_precision("ieee", CUDA):
         raise ZeroDivisionError
     assert matmul.fp32_precision == before
 
@@ -133,7 +133,7 @@ def test_an_inherited_setting_stays_inherited(product: str) -> None:
     before = torch.backends.fp32_precision
     try:
         torch.backends.fp32_precision = "tf32"
-        with precision.exact_products(product, CUDA):
+        with precision.set_matmul_precision(product, CUDA):
             pass
         torch.backends.fp32_precision = "ieee"
         assert matmul.fp32_precision == "ieee"
@@ -143,13 +143,13 @@ def test_an_inherited_setting_stays_inherited(product: str) -> None:
 
 def test_products_on_the_cpu_leave_the_setting_alone() -> None:
     matmul.fp32_precision = "tf32"
-    with precision.exact_products("ieee", CPU):
+    with precision.set_matmul_precision("ieee", CPU):
         assert matmul.fp32_precision == "tf32"
 
 
 def test_autocast_is_off_within_and_on_again_after() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with precision.exact_products("ieee", CPU):
+        with precision.set_matmul_precision("ieee", CPU):
             within = torch.is_autocast_enabled("cpu")
         after = torch.is_autocast_enabled("cpu")
     assert (within, after) == (False, True)
