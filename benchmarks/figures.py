@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from . import targets
 from .providers import PROVIDERS
-from .targets import duration, size
+from .targets import duration
 
 Document = Mapping[str, Any]
 # matplotlib's style, the ground of GitHub's page, and the text.
@@ -46,7 +46,7 @@ def plot(
     lines: bool = False,
     source: str = "",
 ) -> str:
-    """Draw a series for each column of ``frame``, as bars or as lines over its index; returns HTML that shows the figure.
+    """Draw a series for each column of ``frame``, as bars from 1 or as lines over its index; returns HTML that shows it.
 
     Writes ``<path>-light.png`` and ``<path>-dark.png``, with ``source`` as PNG's text of that name.
     """
@@ -69,16 +69,15 @@ def plot(
             else:
                 frame.plot.barh(ax=axes, color=colours, width=0.8, logx=True, legend=False, ylabel="")
                 axes.invert_yaxis()
-                axes.set_xlim(frame.min().min() / 2, frame.max().max() * 2)
+                axes.set_xlim(min(1, 0.9 * frame.min().min()), 1.6 * frame.max().max())
                 for bars, column in zip(axes.containers, frame, strict=True):
                     words = frame[column].map(unit, na_action="ignore").fillna("")
                     axes.bar_label(bars, list(words), padding=3, fontsize=8)  # type: ignore[arg-type]
-            values = axes.yaxis if lines else axes.xaxis
-            values.set_major_formatter(lambda value, _: unit(value))
-            for minor in (axes.xaxis, axes.yaxis):
-                minor.set_minor_formatter("")
+            (axes.yaxis if lines else axes.xaxis).set_major_formatter(lambda value, _: unit(value))
+            axes.xaxis.set_minor_formatter("")
+            axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3, axis="y" if lines else "x")
-            axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
             if frame.shape[1] > 1:
                 figure.legend(
                     loc="outside lower left", frameon=False, ncols=1 if len(frame.columns[0]) > 30 else 4
@@ -93,7 +92,7 @@ def picture(path: str, words: str) -> str:
     """HTML that shows the figure that suits the reader's page."""
     return (
         f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">\n'
-        f'<img alt="{words}" src="{path}-light.png">\n</picture>'
+        f'<img alt="{words.partition(chr(10))[0]}" src="{path}-light.png">\n</picture>'
     )
 
 
@@ -116,7 +115,7 @@ def speed_ups(documents: Sequence[Document], path: Path, source: str = "") -> li
             )
             series[name] = eager.reindex(ours.index) / ours
     table = pd.DataFrame(series).dropna(how="all")
-    title = "Speed-up over eager code" + (f": {label(documents[0])}" if len(documents) == 1 else "")
+    title = "Speed-up over eager code" + (f"\n{label(documents[0])}" if len(documents) == 1 else "")
     return [plot(table, path, title, "{:.3g}×".format, source=source)] if len(table) else []
 
 
@@ -133,7 +132,7 @@ def line_of(document: Document, along: str) -> tuple[str, dict[str, int]]:
 
 
 def draw(documents: Sequence[Document], folder: Path, prefix: str = "") -> list[str]:
-    """All figures: speed-ups, time over N and over D, and of a single result peak memory."""
+    """All figures: speed-ups, and time over N and over D; of several results the time of vicreg_fast."""
     drawn = speed_ups(documents, folder / f"{prefix}speedups")
     frames = [_compared(document) for document in documents]
     for along in ("N", "D"):
@@ -150,14 +149,13 @@ def draw(documents: Sequence[Document], folder: Path, prefix: str = "") -> list[
         else:
             medians = [frame[frame["ours"]].set_index("shape")["median"] for frame in on_line]
             table = pd.DataFrame(dict(zip(labels(documents), medians, strict=True)))
-        table = table.reindex([shape for shape in sizes if shape in table.index]).rename(index=sizes)
-        title = f"Time of forward and backward over {along}, at {fixed}"
+        table = (
+            table.reindex([shape for shape in sizes if shape in table.index])
+            .rename(index=sizes)
+            .rename_axis(along)
+        )
+        title = f"Time of forward and backward over {along}, at {fixed}" + (
+            f"\n{label(documents[0])}" if len(documents) == 1 else ""
+        )
         drawn.append(plot(table, folder / f"{prefix}scaling-{along}", title, duration, lines=True))
-    if len(documents) == 1 and len(frames[0]):
-        frame = frames[0][frames[0]["has target"]] if frames[0]["has target"].any() else frames[0]
-        series = {"eager": frame[frame["provider"] == "eager"], "vicreg_fast": frame[frame["ours"]]}
-        table = pd.DataFrame({name: rows.set_index("shape")["peak"] for name, rows in series.items()}).dropna()
-        table = table.reindex([shape for shape in frame["shape"].unique() if shape in table.index])
-        title = "Peak memory of a step beyond inputs and gradients"
-        drawn += [plot(table, folder / f"{prefix}memory", title, size)] if len(table) else []
     return drawn

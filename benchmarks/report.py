@@ -95,7 +95,10 @@ def page(document: Document) -> Iterator[str]:
         details = rows[["shape", "provider"]].copy()
         for part in PARTS:
             details[part] = rows[part].map(_spread, na_action="ignore")
-        details["host"], details["rounds"] = rows["host"].map(duration, na_action="ignore"), rows["rounds"]
+        details["host"], details["rounds"] = (
+            rows["host"].map(duration, na_action="ignore"),
+            rows["rounds"].astype("Int64"),
+        )
         words = "<details><summary>medians, 20 % and 80 % quantiles, host time</summary>"
         sections[title] = f"{table}\n\n{words}\n\n{markdown(details)}\n\n</details>"
     sections["Other libraries, each beside vicreg_fast with the library's definition"] = _libraries(document)
@@ -244,7 +247,7 @@ def blocks(document: Document, path: Path) -> dict[str, str]:
     texts = {}
     for mark, key, words, ratio in (
         ("speed", "median", duration, "speed-up"),
-        ("memory", "peak", size, "less"),
+        ("memory", "peak", size, "eager / vicreg_fast"),
     ):
         table = pd.DataFrame({"eager": eager[key].map(words), "vicreg_fast": us[key].map(words)})
         table[ratio] = (eager[key] / us[key]).map("{:.1f}x".format)
@@ -258,10 +261,10 @@ def between(text: str, mark: str, new: str | None = None) -> str | None:
 
     None where there is no such marker.
     """
-    found = re.search(rf"(<!-- {mark} -->\n)(.*?)(\n<!-- end -->)", text, re.DOTALL)
+    found = re.search(rf"(<!-- {mark} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)
     if found is None:
         return None
-    return found[2] if new is None else text[: found.start(2)] + new + text[found.end(2) :]
+    return found[2].rstrip("\n") if new is None else f"{text[: found.start(2)]}{new}\n{text[found.end(2) :]}"
 
 
 def _write_readme(document: Document, path: Path) -> int:
