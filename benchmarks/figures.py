@@ -99,7 +99,7 @@ def picture(path: str, words: str) -> str:
 def _compared(document: Document) -> pd.DataFrame:
     """The rows of the mode of comparison."""
     frame = targets.frame(document)
-    return frame[frame["mode"] == targets.mode_of(document)] if len(frame) else frame
+    return frame[frame["mode"] == targets.mode_of(document)]
 
 
 def speed_ups(documents: Sequence[Document], path: Path, source: str = "") -> list[str]:
@@ -107,13 +107,11 @@ def speed_ups(documents: Sequence[Document], path: Path, source: str = "") -> li
     series = {}
     for document, name in zip(documents, labels(documents), strict=True):
         frame = _compared(document)
-        if len(frame):
-            frame = frame[frame["has target"]] if frame["has target"].any() else frame
-            eager, ours = (
-                frame[rows].set_index("shape")["median"]
-                for rows in (frame["provider"] == "eager", frame["ours"])
-            )
-            series[name] = eager.reindex(ours.index) / ours
+        frame = frame[frame["has target"]] if frame["has target"].any() else frame
+        ours, eager = (
+            frame[rows].set_index("shape")["median"] for rows in (frame["ours"], frame["provider"] == "eager")
+        )
+        series[name] = eager.reindex(ours.index) / ours
     table = pd.DataFrame(series).dropna(how="all")
     title = "Speed-up over eager code" + (f"\n{label(documents[0])}" if len(documents) == 1 else "")
     return [plot(table, path, title, "{:.3g}×".format, source=source)] if len(table) else []
@@ -134,28 +132,25 @@ def line_of(document: Document, along: str) -> tuple[str, dict[str, int]]:
 def draw(documents: Sequence[Document], folder: Path, prefix: str = "") -> list[str]:
     """All figures: speed-ups, and time over N and over D; of several results the time of vicreg_fast."""
     drawn = speed_ups(documents, folder / f"{prefix}speedups")
-    frames = [_compared(document) for document in documents]
     for along in ("N", "D"):
         fixed, sizes = line_of(documents[0], along)
-        on_line = [frame[frame["shape"].isin(sizes)] for frame in frames if len(frame)]
-        if len(sizes) < 3 or not on_line:
-            continue
+        frames = [frame[frame["shape"].isin(sizes)] for frame in map(_compared, documents)]
+        title, frame = f"Time of forward and backward over {along}, at {fixed}", frames[0]
         if len(documents) == 1:
-            table = on_line[0].pivot(index="shape", columns="provider", values="median")
+            title += f"\n{label(documents[0])}"
+            table = frame.pivot(index="shape", columns="provider", values="median")
             table = table.reindex(columns=[name for name in PROVIDERS if name in table]).dropna(
                 axis=1, how="all"
             )
-            table["roofline bound"] = on_line[0].groupby("shape")["bound"].first()
+            table["roofline bound"] = frame.groupby("shape")["bound"].first()
         else:
-            medians = [frame[frame["ours"]].set_index("shape")["median"] for frame in on_line]
+            medians = [frame[frame["ours"]].set_index("shape")["median"] for frame in frames]
             table = pd.DataFrame(dict(zip(labels(documents), medians, strict=True)))
         table = (
             table.reindex([shape for shape in sizes if shape in table.index])
             .rename(index=sizes)
             .rename_axis(along)
         )
-        title = f"Time of forward and backward over {along}, at {fixed}" + (
-            f"\n{label(documents[0])}" if len(documents) == 1 else ""
-        )
-        drawn.append(plot(table, folder / f"{prefix}scaling-{along}", title, duration, lines=True))
+        if len(table) > 2:
+            drawn.append(plot(table, folder / f"{prefix}scaling-{along}", title, duration, lines=True))
     return drawn

@@ -44,34 +44,36 @@ def tables(document: Document) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Title, table and rows of every suite and mode: each provider's time, and vicreg_fast's speed-ups and rates."""
     frame = targets.frame(document)
     for suite, mode in ((suite, mode) for suite in SUITES for mode in targets.MODES):
-        rows = frame[(frame["suite"] == suite) & frame["mode"].isin([mode, ""])] if len(frame) else frame
-        if not len(rows) or not (rows["mode"] == mode).any():
+        rows = frame[(frame["suite"] == suite) & frame["mode"].isin([mode, ""])]
+        if not (rows["mode"] == mode).any():
             continue
         shown = rows.groupby("provider")["status"].transform(lambda status: (status != "unavailable").any())
         table, medians = _pivot(rows[shown], _texts(rows)), _pivot(rows, rows["median"])
         us = rows[rows["ours"]].set_index("shape").reindex(table.index)
-        for other in ("eager", "aten") if "triton" in table else ("eager",):
-            if other in medians:
-                table[f"speed-up over {other}"] = (medians[other] / us["median"]).map(times, na_action="ignore")
-        table["samples/s"] = (us["samples"] / us["median"]).map("{:,.3g}".format, na_action="ignore")
-        for unit, what, scale in (("GB/s", "bytes", 1e9), ("TFLOP/s", "operations", 1e12)):
-            table[unit] = (us[what] / us["median"] / scale).map("{:.3g}".format, na_action="ignore")
-        table["% of roofline"] = (us["bound"] / us["median"] * 100).map("{:.3g}%".format, na_action="ignore")
+        rates = {
+            f"speed-up over {name}": (medians[name], "{:.3g}x") for name in ("eager", "aten") if name in medians
+        }
+        if "triton" not in table:
+            rates.pop("speed-up over aten", None)
+        rates |= {"samples/s": (us["samples"], "{:,.0f}"), "GB/s": (us["bytes"] / 1e9, "{:.3g}")}
+        rates |= {
+            "TFLOP/s": (us["operations"] / 1e12, "{:.3g}"),
+            "% of roofline": (100 * us["bound"], "{:.3g}%"),
+        }
+        for name, (amount, words) in rates.items():
+            table[name] = (amount / us["median"]).map(words.format, na_action="ignore")
         yield f"{SUITES[suite]}, mode {mode}", markdown(table.reset_index()), rows[rows["mode"] == mode]
 
 
 def not_timed(document: Document) -> str:
     """Every shape and provider without a time, grouped by the reason."""
-    rows = [(r["name"], "all", r["status"], r["reason"]) for r in document["cases"] if r["reason"] is not None]
     columns = ["shape", "provider", "status", "reason"]
-    frame = pd.DataFrame(rows, columns=columns)
-    measured = targets.frame(document)
-    if len(measured):
-        frame = pd.concat([frame, measured.loc[measured["reason"].notna(), columns]])
-    if not len(frame):
-        return ""
+    shapes = pd.DataFrame(
+        [(r["name"], "all", r["status"], r["reason"]) for r in document["cases"]], columns=columns
+    )
+    frame = pd.concat([shapes, targets.frame(document)[columns]]).dropna(subset="reason")
     grouped = frame.groupby(columns[1:], sort=False)["shape"].agg(["first", "size"]).reset_index()
-    return markdown(grouped.rename(columns={"first": "first shape", "size": "shapes"}))
+    return markdown(grouped.rename(columns={"first": "first shape", "size": "shapes"})) if len(frame) else ""
 
 
 def summary(document: Document) -> str:
@@ -95,20 +97,14 @@ def page(document: Document) -> Iterator[str]:
         details = rows[["shape", "provider"]].copy()
         for part in PARTS:
             details[part] = rows[part].map(_spread, na_action="ignore")
-        details["host"], details["rounds"] = (
-            rows["host"].map(duration, na_action="ignore"),
-            rows["rounds"].astype("Int64"),
-        )
+        details["host"] = rows["host"].map(duration, na_action="ignore")
+        details["rounds"] = rows["rounds"].map("{:.0f}".format, na_action="ignore")
         words = "<details><summary>medians, 20 % and 80 % quantiles, host time</summary>"
         sections[title] = f"{table}\n\n{words}\n\n{markdown(details)}\n\n</details>"
     sections["Other libraries, each beside vicreg_fast with the library's definition"] = _libraries(document)
-    frame = (
-        targets.frame(document).drop_duplicates(["shape", "provider"]) if document["cases"] else pd.DataFrame()
-    )
-    peaks = _pivot(frame, frame["peak"].map(size, na_action="ignore")) if len(frame) else frame
-    sections["Peak memory beyond inputs and gradients"] = markdown(
-        peaks.dropna(axis=1, how="all").reset_index()
-    )
+    frame = targets.frame(document).drop_duplicates(["shape", "provider"]).dropna(subset="peak")
+    peaks = _pivot(frame, frame["peak"].map(size))
+    sections["Peak memory beyond inputs and gradients"] = markdown(peaks.reset_index()) if len(frame) else ""
     sections["Not timed"] = not_timed(document)
     for title, body in sections.items():
         if body:
@@ -121,18 +117,11 @@ def _spread(q: Mapping[str, float]) -> str:
 
 def _about(document: Document) -> str:
     """What was measured on: every known key of machine, commit and sessions."""
-    sessions = {f"session {index}": session for index, session in enumerate(document["sessions"])}
-    facts = (
-        pd.json_normalize({"machine": document["machine"], "commit": document["commit"], **sessions})
-        .iloc[0]
-        .dropna()
-    )
-    return markdown(
-        [
-            {"": key, "value": f"{value:.4g}" if isinstance(value, float) else str(value)}
-            for key, value in facts.items()
-        ]
-    )
+    facts = {"machine": document["machine"], "commit": document["commit"]}
+    facts |= {f"session {index}": session for index, session in enumerate(document["sessions"])}
+    flat = pd.json_normalize(facts).iloc[0].dropna()
+    words = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in flat]
+    return markdown(pd.DataFrame({"": flat.index, "value": words}))
 
 
 def _targets(document: Document) -> str:
@@ -158,8 +147,8 @@ def _targets(document: Document) -> str:
 def _libraries(document: Document) -> str:
     """Every library's time beside that of vicreg_fast with the library's definition."""
     frame = targets.frame(document)
-    frame = frame[frame["mode"] != ""] if len(frame) else frame
-    if not len(frame) or not frame["provider"].isin(providers.LIBRARIES).any():
+    frame = frame[frame["mode"] != ""]
+    if not frame["provider"].isin(providers.LIBRARIES).any():
         return ""
     frame["library"], frame["time"] = frame["provider"].str.removeprefix(providers.AS), _texts(frame)
     theirs = frame[frame["provider"].isin(providers.LIBRARIES)]

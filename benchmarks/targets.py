@@ -115,36 +115,42 @@ def judge(case: Case, record: Record, device: str) -> dict[str, Any]:
     return verdicts
 
 
+_COLUMNS = {
+    "suite": object,
+    "shape": object,
+    "provider": object,
+    "mode": object,
+    "status": object,
+    "reason": object,
+}
+_COLUMNS |= dict.fromkeys(("has target", "ours"), bool) | dict.fromkeys(PARTS, object)
+_COLUMNS |= dict.fromkeys(
+    ("samples", "bytes", "operations", "bound", "q20", "median", "q80", "host", "peak", "rounds"), float
+)
+
+
 def frame(document: Mapping[str, Any]) -> pd.DataFrame:
     """A row for every provider of every shape in every mode; mode "" where the provider was not timed at all."""
     rows = []
     for record in document["cases"]:
-        part = part_of(record)
-        common = {"suite": record["suite"], "shape": record["name"], "samples": record["samples"]}
-        common |= {key: record["floor"][part][key] for key in ("bytes", "operations")}
-        common["bound"] = record["floor"][part]["seconds"]
-        eager = {verdict.get("eager", {}).get("asked") or 0 for verdict in record["targets"].values()}
-        common["has target"] = max(eager, default=0) > 1  # more than eager code's speed
+        part, bound = part_of(record), record["floor"][part_of(record)]
+        shape = {
+            "suite": record["suite"],
+            "shape": record["name"],
+            "samples": record["samples"],
+            "bound": bound["seconds"],
+        }
+        shape |= {"bytes": bound["bytes"], "operations": bound["operations"]}
+        eager = [verdicts.get("eager", {}).get("asked") or 0 for verdicts in record["targets"].values()]
+        shape["has target"] = max(eager, default=0) > 1  # more than eager code's speed
         for name, provider in record["providers"].items():
             for mode, entry in (provider["modes"] or {"": provider}).items():
-                row = {
-                    **common,
-                    "provider": name,
-                    "mode": mode,
-                    "status": entry["status"],
-                    "reason": entry["reason"],
-                }
-                row |= {part: entry.get(part) for part in PARTS} | {"rounds": entry.get("rounds")}
-                row |= {key: (entry.get(part) or {}).get(key) for key in ("q20", "median", "q80")}
+                row = shape | {"provider": name, "mode": mode, "ours": name == ours(record, mode)}
+                row |= {key: entry.get(key) for key in ("status", "reason", "rounds", *PARTS)}
+                row |= {"peak": provider["peak_bytes"][part], **(entry.get(part) or {})}
                 row["host"] = ((entry.get("host") or {}).get(part) or {}).get("median")
-                row |= {"peak": provider["peak_bytes"][part], "ours": name == ours(record, mode)}
                 rows.append(row)
-    columns = [*common, "provider", "mode", "status", "reason", *PARTS, "rounds"] if rows else []
-    table = pd.DataFrame(
-        rows, columns=[*columns, *(("q20", "median", "q80", "host", "peak", "ours") if rows else ())]
-    )
-    numbers = ["q20", "median", "q80", "host", "peak"]
-    return table.astype(dict.fromkeys(numbers, float)) if rows else table
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,6 @@ from vicreg_fast.rows import uses_dual
 
 from . import providers
 from .cases import CASES, Case, Inputs, local, vicreg
-from .conftest import MemoryRows
 from .targets import size
 from .timing import Step, peak_bytes_on_cpu
 
@@ -73,19 +72,9 @@ def losses_of(case: Case, backend: str) -> Callable[..., dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("case", [*WITH_TARGET, *HARD], ids=lambda case: case.name)
-def test_memory(case: Case, benchmark: BenchmarkFixture, memory_table: MemoryRows) -> None:
-    inputs = inputs_of(case)
-    allowed = allowed_bytes(case)
-    # Eager code only at the shapes that are compared with it: it takes long at the others.
-    sizes = {
-        backend: Step(losses_of(case, backend), inputs).peak_bytes(peak_bytes_on_cpu)["both"]
-        for backend in (("reference", "auto") if case in WITH_TARGET else ("auto",))
-    }
-    ours, eager = sizes["auto"], sizes.get("reference")
-    benchmark.extra_info.update(eager_bytes=eager, bytes=ours, allowed_bytes=allowed)
+def test_memory(case: Case, benchmark: BenchmarkFixture) -> None:
+    step = Step(losses_of(case, "auto"), inputs_of(case))
+    peak, allowed = step.peak_bytes(peak_bytes_on_cpu)["both"], allowed_bytes(case)
+    benchmark.extra_info.update(bytes=peak, allowed_bytes=allowed)
     benchmark.pedantic(lambda: None, rounds=1)  # type: ignore[no-untyped-call]  # extra_info has the sizes; nothing is timed
-    row = {"shape": case.name, "vicreg_fast": size(ours), "allowed": size(allowed)}
-    memory_table.append(
-        row if eager is None else row | {"eager": size(eager), "eager / vicreg_fast": f"{eager / ours:.1f}x"}
-    )
-    assert ours <= allowed + SMALL
+    assert peak <= allowed + SMALL, f"{size(peak)}, {size(allowed)} allowed"

@@ -1,12 +1,10 @@
 """The libraries that benchmarks compare with: available or not, and equal to the reference at the stated definition."""
 
-import importlib
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,20 +89,6 @@ def test_nothing_is_imported_before_use() -> None:
     names = "{'lightly', 'solo', 'stable_pretraining'}"
     command = [sys.executable, "-c", f"import sys, benchmarks.libraries; assert not {names} & set(sys.modules)"]
     subprocess.run(command, cwd=machine.ROOT, check=True)
-
-
-@pytest.mark.usefixtures("installed")
-def test_solo_learn_is_read_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "solo" / "losses").mkdir(parents=True)
-    (tmp_path / "solo" / "__init__.py").write_text("raise ImportError('needs too much')\n")
-    (tmp_path / "solo" / "losses" / "vicreg.py").write_text(
-        "def vicreg_loss_func(z1, z2): return z1 - 2 * z2\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    losses = libraries.find(VICREG["solo-learn"])
-    assert callable(losses)
-    assert losses(torch.tensor(3.0), torch.tensor(5.0)) == {"loss": torch.tensor(-7.0)}
 
 
 # -- installed libraries ------------------------------------------------------------------------------------------

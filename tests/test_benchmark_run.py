@@ -295,12 +295,6 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / f"{path.stem}-2.json").exists()
 
 
-def test_ctrl_c_before_the_first_shape(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(run, "run", interrupted)
-    assert main(["run"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
 # -- arguments ----------------------------------------------------------------------------------------------------
 
 
@@ -344,14 +338,6 @@ def test_default_shapes_of_a_device(device: str) -> None:
     assert {case.suite for case in few} == set(SUITES)
     assert {case.name for case in few} <= {case.name for case in everything}
     assert {case.suite for case in run.chosen(options(suite=["matching"]), device)} == {"matching"}
-
-
-def test_shapes_of_real_use_are_measured_on_a_gpu() -> None:
-    on_gpu = {case.name for case in run.chosen(options(), "cuda")}
-    for N in (64, 128, 256, 512, 2048, 4096):
-        for D in (2048, 8192, 16384):
-            assert {f"{N}x{D}-{matmul}" for matmul in ("highest", "high", "bf16")} <= on_gpu
-    assert {"6528x512-bf16", "2600000x64-bf16", "vicregl-64x49x512-m20+4-bf16"} <= on_gpu
 
 
 def test_shape_without_a_requested_provider_is_named(tmp_path: Path, capsys: Capture) -> None:
