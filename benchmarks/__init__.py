@@ -2,5 +2,5 @@
 
 import os
 
-# Before torch is imported: or some builds write two lines to standard error for every profile that memory.py takes.
+# Set before torch is imported: some builds print two lines for every memory profile that timing.py takes.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -1,271 +1,170 @@
-"""What is measured: the shapes of each suite by name, their inputs, the least that each needs, and what is asked.
+"""The shapes of every suite: their names, inputs, operation counts and speed targets.
 
-A shape is one line at the end of this file.  Who computes it stands in ``providers.py``.
+A shape is one element of the lists at the end of this file.  ``providers.py`` has the code that computes it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
-Work = Mapping[str, int]  # operations by kind of product: "highest", "high", "bf16"
+Operations = dict[str, Counter[str]]  # by part, and by the matmul precision that they may use
 DTYPES = {"highest": torch.float32, "high": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One shape: float32 with products at precision "highest" or "high", or bfloat16 ("bf16").
+    """One shape at one matmul precision: "highest" or "high" of float32 inputs, or "bf16" inputs.
 
-    ``targets``: by kind of device, how many times as fast as a provider ours must be, and its share of the "floor".
-    ``devices``: where it is measured without being asked for.  ``compiled``: so is ``torch.compile``, which takes up to
-    half a minute a shape.
+    ``shape``: N samples, D features; B images, P patches, C channels, m matches of both directions.  ``samples``: rows or
+    images in a step.  ``elements``: of both views or maps together.  ``operations``: the least of each part; a
+    multiplication and an addition are two.
+
+    ``targets``: by device type, the least speed-up over a provider and the least share of the roofline bound ("floor").
+    ``devices``: the device types that measure the shape by default.  ``compiled``: they measure ``torch.compile`` too,
+    which takes up to half a minute a shape.
     """
 
-    suite: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]] = PARTS
-    products: str
+    suite: str
+    name: str
+    matmul: str
+    shape: dict[str, Any]
+    samples: int
+    elements: int
+    operations: Operations
     title: str = ""
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     devices: Sequence[str] = ("cuda",)
     compiled: bool = False
 
     @property
-    def name(self) -> str:
-        """As ``--shape`` takes it."""
-        raise NotImplementedError
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What the name says, by the letters of the documentation."""
-        raise NotImplementedError
-
-    @property
-    def samples(self) -> int:
-        """Images, or rows, that a step handles: what throughput counts."""
-        raise NotImplementedError
-
-    @property
-    def elements(self) -> int:
-        """Of both views or maps together."""
-        raise NotImplementedError
-
-    def work(self) -> dict[str, Work]:
-        """Operations of each part that no way of computing it avoids, a multiplication and an addition being two."""
-        raise NotImplementedError
-
-    def inputs(self, seed: int, device: torch.device) -> Inputs:
-        """Tensors as after some training: the views of a sample resemble each other."""
-        raise NotImplementedError
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a step: matching has no backward pass."""
+        return tuple(self.operations)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of views and maps."""
-        return DTYPES[self.products]
+        """The dtype of views and maps."""
+        return DTYPES[self.matmul]
 
     @property
     def precision(self) -> str | None:
-        """As the losses take it; None: the inputs' own type decides."""
-        return self.products if self.dtype == torch.float32 else None
-
-    @property
-    def exact(self) -> str:
-        """The kind of product that is exact enough for distances: float32's, or that of 16-bit numbers."""
-        return "highest" if self.dtype == torch.float32 else "bf16"
+        """The losses' argument ``precision``; None for bfloat16, whose dtype decides."""
+        return None if self.matmul == "bf16" else self.matmul
 
     def bytes(self) -> dict[str, int]:
-        """What each part must read and write: forward both views; backward both again, and two gradients."""
+        """The least traffic: forward reads both views; backward reads them again and writes two gradients."""
         once = self.elements * self.dtype.itemsize
         return {"forward": once, "backward": 2 * once, "both": 3 * once}
 
-    def asked(self, device: str) -> Mapping[str, float]:
-        """Targets on a kind of device.  Nowhere may ours be slower than what it replaces there."""
+    def targets_on(self, device: str) -> Mapping[str, float]:
+        """The targets of a device type.  The default: no slower than the code that vicreg_fast replaces there."""
         return self.targets.get(device, {"eager": 1.0} if device == "cpu" else {"aten": 1.0})
 
-
-def _parts(forward: Work, backward: Work) -> dict[str, Work]:
-    kinds = {**forward, **backward}
-    return {
-        "forward": forward,
-        "backward": backward,
-        "both": {kind: forward.get(kind, 0) + backward.get(kind, 0) for kind in kinds},
-    }
-
-
-@dataclass(frozen=True, eq=False)
-class VICReg(Case):
-    """Two views (N, D)."""
-
-    suite = "vicreg"
-    N: int = field(kw_only=True)
-    D: int = field(kw_only=True)
-
-    @property
-    def name(self) -> str:
-        return f"{self.N}x{self.D}-{self.products}"
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        return {"N": self.N, "D": self.D}
-
-    @property
-    def samples(self) -> int:
-        return self.N
-
-    @property
-    def elements(self) -> int:
-        return 2 * self.N * self.D
-
-    def work(self) -> dict[str, Work]:
-        """Of each view half a Gram matrix of the smaller side, then a product with all of it."""
-        half = 2 * self.N * self.D * min(self.N, self.D)
-        return _parts({self.products: half}, {self.products: 2 * half})
-
     def inputs(self, seed: int, device: torch.device) -> Inputs:
-        """The second view is a noisy copy of the first; features correlate and have means, as embeddings do."""
-        generator = torch.Generator(device).manual_seed(seed)
-        normal = partial(torch.randn, generator=generator, device=device)
-        factors = 16
-        mixing = 0.4 / math.sqrt(factors) * normal(factors, self.D)
-        x = normal(self.N, self.D).mul_(0.5).addmm_(normal(self.N, factors), mixing).add_(0.3 * normal(self.D))
-        y = normal(self.N, self.D).mul_(0.1).add_(x)
-        return x.to(self.dtype).requires_grad_(), y.to(self.dtype).requires_grad_()
+        """Tensors as after some training: the two views of a sample are similar."""
+        make = _views if "N" in self.shape else _maps
+        return make(self, torch.Generator(device).manual_seed(seed), device)
 
 
-@dataclass(frozen=True, eq=False)
-class Distributed(VICReg):
-    """Two views of N rows a rank, statistics over the rows of all ranks: ``distributed.py``."""
-
-    suite = "distributed"
-
-    @property
-    def name(self) -> str:
-        return f"ranks-{super().name}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Maps(Case):
-    """Two maps (B, P1, C) and (B, P2, C)."""
-
-    B: int = field(kw_only=True)
-    patches: tuple[int, int] = field(kw_only=True)
-    C: int = field(kw_only=True)
-
-    @property
-    def name(self) -> str:
-        P1, P2 = self.patches
-        return f"{self.suite}-{self.B}x{P1 if P1 == P2 else f'{P1}+{P2}'}x{self.C}"
-
-    @property
-    def samples(self) -> int:
-        return self.B
-
-    @property
-    def elements(self) -> int:
-        return self.B * sum(self.patches) * self.C
-
-    def _matching(self) -> Work:
-        P1, P2 = self.patches
-        return {self.exact: 2 * self.B * P1 * P2 * self.C}
-
-    def _maps(self, seed: int, device: torch.device) -> tuple[list[Tensor], torch.Generator]:
-        """Patches lie in any order in the second map; each image has some that changed little and some that did much.
-
-        Noise grows by 8 % from one to the next, so that float32 tells which are nearest and every provider finds the
-        same; from the 32nd on it stays.
-        """
-        generator = torch.Generator(device).manual_seed(seed)
-        normal = partial(torch.randn, generator=generator, device=device)
-        (P1, P2), few = self.patches, min(self.patches)
-        x, y = 0.7 * normal(self.B, P1, self.C), 0.7 * normal(self.B, P2, self.C)
-        noise = 0.05 * 1.08 ** torch.arange(few, device=device).clamp(max=32).float()
-        y[:, :few] = x[:, :few] + noise[:, None] * normal(self.B, few, self.C)
-        for z in (x, y):
-            order = torch.rand(z.shape[:2], generator=generator, device=device).argsort(1)
-            z.copy_(z.gather(1, order[..., None].expand_as(z)))
-        return [z.to(self.dtype) for z in (x, y)], generator
+def _views(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    """Two views.  Features correlate and have means, as embeddings do.  The second view is a noisy copy of the first."""
+    normal = partial(torch.randn, generator=generator, device=device)
+    N, D, factors = case.shape["N"], case.shape["D"], 16
+    mixing = 0.4 / math.sqrt(factors) * normal(factors, D)
+    x = normal(N, D).mul_(0.5).addmm_(normal(N, factors), mixing).add_(0.3 * normal(D))
+    y = normal(N, D).mul_(0.1).add_(x)
+    return x.to(case.dtype).requires_grad_(), y.to(case.dtype).requires_grad_()
 
 
-@dataclass(frozen=True, eq=False)
-class Local(_Maps):
-    """VICRegL's local part: both maps and the locations (B, P, 2) of their patches; ``matches`` None: all of them."""
+def _maps(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    """Two maps, and for VICRegL random locations in the unit square, no two of whose distances are equal.
 
-    suite = "vicregl"
-    matches: tuple[int, int] | None = field(kw_only=True)
-    statistics: str = "image"
-    match_order: str = "distance"
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Matches of each direction."""
-        return self.patches if self.matches is None else self.matches
-
-    @property
-    def name(self) -> str:
-        m1, m2 = self.counts
-        matches = "all" if self.matches is None else f"m{m1}" if m1 == m2 else f"m{m1}+{m2}"
-        slot = "" if self.statistics == "image" else "-slot"
-        return f"{super().name}-{matches}{slot}-{self.products}"
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        return {
-            "B": self.B,
-            "P": list(self.patches),
-            "C": self.C,
-            "m": list(self.counts),
-            "statistics": self.statistics,
-            "match_order": self.match_order,
-        }
-
-    def work(self) -> dict[str, Work]:
-        """Distances between features, then VICReg of four match sets; locations take nothing beside them."""
-        half = 0
-        for m in self.counts:
-            P, N = (self.B, m) if self.statistics == "image" else (m, self.B)
-            half += 2 * 2 * P * N * self.C * min(N, self.C)  # two match sets of this direction
-        matching = self._matching()
-        forward = {**matching, self.products: matching.get(self.products, 0) + half}
-        return _parts(forward, {self.products: 2 * half})
-
-    def inputs(self, seed: int, device: torch.device) -> Inputs:
-        """Two maps, and locations somewhere in the unit square: no two distances are equal."""
-        maps, generator = self._maps(seed, device)
-        locations = [torch.rand(self.B, P, 2, generator=generator, device=device) for P in self.patches]
-        return (*(z.requires_grad_() for z in maps), *locations)
+    Patch k of the second map is patch k of the first plus noise; then both are shuffled.  The noise grows by 8 % from
+    patch to patch, up to patch 32, so that float32 tells which matches are nearest and all providers find the same ones.
+    """
+    normal = partial(torch.randn, generator=generator, device=device)
+    B, (P1, P2), C = (case.shape[letter] for letter in "BPC")
+    few = min(P1, P2)
+    x, y = 0.7 * normal(B, P1, C), 0.7 * normal(B, P2, C)
+    noise = 0.05 * 1.08 ** torch.arange(few, device=device).clamp(max=32).float()
+    y[:, :few] = x[:, :few] + noise[:, None] * normal(B, few, C)
+    for z in (x, y):
+        order = torch.rand(z.shape[:2], generator=generator, device=device).argsort(1)
+        z.copy_(z.gather(1, order[..., None].expand_as(z)))
+    maps = [z.to(case.dtype) for z in (x, y)]
+    if case.suite == "matching":
+        return tuple(maps)
+    locations = [torch.rand(B, P, 2, generator=generator, device=device) for P in (P1, P2)]
+    return (*(z.requires_grad_() for z in maps), *locations)
 
 
-@dataclass(frozen=True, eq=False)
-class Matching(_Maps):
-    """Nearest neighbours of the patches of one map in another, nearest first; nothing is differentiated."""
-
-    suite = "matching"
-    parts = ("forward",)
-    matches: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{super().name}-{'all' if self.matches is None else f'm{self.matches}'}-{self.products}"
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        return {"B": self.B, "P": list(self.patches), "C": self.C, "m": self.matches or self.patches[0]}
-
-    def work(self) -> dict[str, Work]:
-        return {"forward": self._matching()}
-
-    def inputs(self, seed: int, device: torch.device) -> Inputs:
-        """Two maps."""
-        return tuple(self._maps(seed, device)[0])
+def _by_part(forward: Counter[str], backward: Counter[str]) -> Operations:
+    return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def _vicreg() -> list[Case]:
-    """The loss of ResNet-50's projector and others', and how it scales with N and with D."""
+def vicreg(matmul: str, N: int, D: int, title: str = "", suite: str = "vicreg", **options: Any) -> Case:
+    """Two views (N, D); with suite "distributed" N rows on each rank, statistics over the rows of all ranks.
+
+    For each view half a Gram matrix of the smaller side, then a matmul with the whole of it.
+    """
+    half = 2 * N * D * min(N, D)
+    operations = _by_part(Counter({matmul: half}), Counter({matmul: 2 * half}))
+    name = f"{'ranks-' if suite == 'distributed' else ''}{N}x{D}-{matmul}"
+    return Case(suite, name, matmul, {"N": N, "D": D}, N, 2 * N * D, operations, title, **options)
+
+
+Pair = int | tuple[int, int]  # one number for both maps or directions, or one for each
+
+
+def _map_shape(matmul: str, B: int, patches: Pair, C: int) -> tuple[str, dict[str, Any], int, Counter[str]]:
+    """Size, shape, elements and the operations of the feature distances, for which TF32 is too coarse."""
+    P1, P2 = (patches, patches) if isinstance(patches, int) else patches
+    distances = Counter({"bf16" if matmul == "bf16" else "highest": 2 * B * P1 * P2 * C})
+    name = f"{B}x{P1 if P1 == P2 else f'{P1}+{P2}'}x{C}"
+    return name, {"B": B, "P": [P1, P2], "C": C}, B * (P1 + P2) * C, distances
+
+
+def local(
+    matmul: str, B: int, patches: Pair, C: int, matches: Pair | None, title: str = "", *,
+    statistics: str = "image", match_order: str = "distance", **options: Any,
+) -> Case:  # fmt: skip
+    """VICRegL's local loss: two maps (B, P, C) and the locations (B, P, 2) of their patches.  ``matches`` None: all.
+
+    Feature distances, then VICReg of four match sets.  Location distances are negligible.
+    """
+    size, shape, elements, distances = _map_shape(matmul, B, patches, C)
+    m1, m2 = shape["P"] if matches is None else (matches, matches) if isinstance(matches, int) else matches
+    shape |= {"m": [m1, m2], "statistics": statistics, "match_order": match_order}
+    half = 0
+    for m in (m1, m2):
+        problems, N = (B, m) if statistics == "image" else (m, B)
+        half += 2 * 2 * problems * N * C * min(N, C)  # the two match sets of this direction
+    operations = _by_part(distances + Counter({matmul: half}), Counter({matmul: 2 * half}))
+    count = "all" if matches is None else f"m{m1}" if m1 == m2 else f"m{m1}+{m2}"
+    name = f"vicregl-{size}-{count}{'' if statistics == 'image' else '-slot'}-{matmul}"
+    return Case("vicregl", name, matmul, shape, B, elements, operations, title, **options)
+
+
+def matching(
+    matmul: str, B: int, patches: Pair, C: int, matches: int | None = None, title: str = "", **options: Any
+) -> Case:
+    """The nearest patches of the second map for those of the first, nearest first; ``matches`` None: for all."""
+    size, shape, elements, distances = _map_shape(matmul, B, patches, C)
+    name = f"matching-{size}-{'all' if matches is None else f'm{matches}'}-{matmul}"
+    shape["m"] = matches or shape["P"][0]
+    return Case("matching", name, matmul, shape, B, elements, {"forward": distances}, title, **options)
+
+
+def _vicreg_on_gpu() -> list[Case]:
+    """ResNet-50's projector, a world model, video pixels, and lines over N and over D."""
     targets = {
         (256, 8192, "highest"): {"eager": 60, "compile": 25, "aten": 1.5, "floor": 0.40},
         (256, 8192, "high"): {"eager": 40, "compile": 20, "aten": 1.5, "floor": 0.35},
@@ -279,28 +178,24 @@ def _vicreg() -> list[Case]:
     titles |= {(N, 2048): f"ResNet-50, {N} a GPU" for N in (64, 128)}
     titles |= {(N, D): f"ResNet-50, batch of {N}" for N in (512, 2048, 4096) for D in (2048, 8192, 16384)}
     titles |= {(6528, 512): "world model", (2_600_000, 64): "pixels of a video"}
-    named = [(N, D, products) for N, D in titles for products in ("highest", "high", "bf16")]
+    named = [(N, D, matmul) for N, D in titles for matmul in DTYPES]
     # Over N at D = 2048 and over D at N = 2048: the smaller side changes at 2048 x 2048.
     powers = [2**k for k in range(6, 15)]
-    sweeps = [(N, 2048, "high") for N in powers] + [(2048, D, "high") for D in powers]
+    lines = [(N, 2048, "high") for N in powers] + [(2048, D, "high") for D in powers]
     small = [(64, 64, "high"), (512, 4096, "high"), (8192, 256, "high")]
-    return [
-        VICReg(
-            products,
-            titles.get((N, D), "small" if N == D == 64 else "scaling"),
-            {"cuda": targets[N, D, products]} if (N, D, products) in targets else {},
-            compiled=(products == "high" and (D == 8192 or (N, D) == (256, 2048)))
-            or (N, D, products) in targets,
-            N=N,
-            D=D,
-        )
-        for N, D, products in dict.fromkeys([*named, *sweeps, *small])
-    ]
+    cases = []
+    for key in dict.fromkeys([*named, *lines, *small]):
+        N, D, matmul = key
+        title = titles.get((N, D), "small" if N == D == 64 else "scaling")
+        compiled = key in targets or (matmul == "high" and (D == 8192 or (N, D) == (256, 2048)))
+        on_gpu = {"cuda": targets[key]} if key in targets else {}
+        cases.append(vicreg(matmul, N, D, title, targets=on_gpu, compiled=compiled))
+    return cases
 
 
 def _vicreg_on_cpu() -> list[Case]:
-    """float32, which is what a CPU multiplies; small ones too, where operators cost more than arithmetic."""
-    asked = {
+    """float32, the only matmul precision of a CPU.  At the small shapes the number of operators sets the time."""
+    targets = {
         (256, 8192): 60,
         (1024, 8192): 12,
         (256, 2048): 10,
@@ -309,84 +204,76 @@ def _vicreg_on_cpu() -> list[Case]:
         (655360, 64): 4,
     }
     small = [(2, 1), (2, 4096), (8, 16), (33, 31), (64, 64), (128, 32), (4096, 1), (4096, 8), (256, 256)]
-    small += [(8192, 256)]
     powers = [2**k for k in range(6, 14)]
-    sweeps = [(N, 512) for N in powers] + [(512, D) for D in powers]
-    return [
-        VICReg(
-            "highest",
-            "on a CPU",
-            {"cpu": {"eager": asked.get((N, D), 1.0)}},
-            devices=("cpu",),
-            compiled=(N, D) in ((256, 2048), (2048, 512)),
-            N=N,
-            D=D,
-        )
-        for N, D in dict.fromkeys([*asked, *small, *sweeps])
-    ]
+    lines = [(N, 512) for N in powers] + [(512, D) for D in powers]
+    cases = []
+    for N, D in dict.fromkeys([*targets, *small, (8192, 256), *lines]):
+        compiled = (N, D) in ((256, 2048), (2048, 512))
+        goals = {"cpu": {"eager": targets.get((N, D), 1.0)}}
+        cases.append(vicreg("highest", N, D, "on a CPU", targets=goals, devices=("cpu",), compiled=compiled))
+    return cases
 
 
-_LOCAL: tuple[Case, ...] = (
-    Local("highest", "ResNet-50 maps", {"cuda": {"eager": 60, "aten": 4, "floor": 1 / 3.5}}, compiled=True,
-          B=128, patches=(49, 49), C=512, matches=(20, 20)),
-    Local("bf16", "ResNet-50 maps", {"cuda": {"eager": 60, "aten": 4, "floor": 1 / 4}}, compiled=True,
-          B=128, patches=(49, 49), C=512, matches=(20, 20)),
-    Local("high", "VICRegL ResNet-50", compiled=True, B=64, patches=(49, 49), C=512, matches=(20, 4)),
-    Local("bf16", "VICRegL ResNet-50", B=64, patches=(49, 49), C=512, matches=(20, 4)),
-    Local("bf16", "ConvNeXt, large and small crop", B=64, patches=(49, 9), C=768, matches=(9, 4)),
-    Local("bf16", "ConvNeXt, two large crops", B=64, patches=(49, 49), C=768, matches=(20, 4)),
-    Local("bf16", "ViT-S/16 maps", {"cuda": {"eager": 20, "aten": 3, "floor": 1 / 4}}, compiled=True,
-          B=64, patches=(196, 196), C=768, matches=(20, 20)),
-    Local("high", "ViT-S/16 maps", B=64, patches=(196, 196), C=384, matches=(20, 20)),
-    Local("high", "per slot, as facebookresearch", {"cuda": {"eager": 8, "aten": 1.5}}, compiled=True,
-          B=256, patches=(49, 49), C=512, matches=None, statistics="slot", match_order="patch"),
-    Local("high", "per slot, as lightly", B=64, patches=(49, 49), C=512, matches=(20, 4), statistics="slot"),
-    Local("highest", "ResNet-50 maps on a CPU", {"cpu": {"eager": 45}}, ("cpu",), compiled=True,
-          B=32, patches=(49, 49), C=512, matches=(10, 10)),
-    Local("highest", "ViT-S/16 maps on a CPU", {"cpu": {"eager": 12}}, ("cpu",),
-          B=16, patches=(196, 196), C=384, matches=(20, 20)),
-    Local("highest", "per slot on a CPU", {}, ("cpu",),
-          B=16, patches=(49, 49), C=256, matches=(20, 4), statistics="slot"),
-    Local("highest", "small, on a CPU", {}, ("cpu",), B=2, patches=(4, 4), C=8, matches=(2, 2)),
+def _cuda(**targets: float) -> dict[str, Any]:
+    return {"targets": {"cuda": targets}, "compiled": True}
+
+
+def _cpu(**targets: float) -> dict[str, Any]:
+    return {"targets": {"cpu": targets} if targets else {}, "devices": ("cpu",)}
+
+
+_LOCAL = (
+    local("highest", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 3.5)),
+    local("bf16", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 4)),
+    local("high", 64, 49, 512, (20, 4), "VICRegL ResNet-50", compiled=True),
+    local("bf16", 64, 49, 512, (20, 4), "VICRegL ResNet-50"),
+    local("bf16", 64, (49, 9), 768, (9, 4), "ConvNeXt, large and small crop"),
+    local("bf16", 64, 49, 768, (20, 4), "ConvNeXt, two large crops"),
+    local("bf16", 64, 196, 768, 20, "ViT-S/16 maps", **_cuda(eager=20, aten=3, floor=1 / 4)),
+    local("high", 64, 196, 384, 20, "ViT-S/16 maps"),
+    local("high", 256, 49, 512, None, "per slot, as facebookresearch",
+          statistics="slot", match_order="patch", **_cuda(eager=8, aten=1.5)),
+    local("high", 64, 49, 512, (20, 4), "per slot, as lightly", statistics="slot"),
+    local("highest", 32, 49, 512, 10, "ResNet-50 maps on a CPU", compiled=True, **_cpu(eager=45)),
+    local("highest", 16, 196, 384, 20, "ViT-S/16 maps on a CPU", **_cpu(eager=12)),
+    local("highest", 16, 49, 256, (20, 4), "per slot on a CPU", statistics="slot", **_cpu()),
+    local("highest", 2, 4, 8, 2, "small, on a CPU", **_cpu()),
 )  # fmt: skip
-
-_MATCHING: tuple[Case, ...] = (
-    *(Matching(products, "dense correspondence", {"cuda": {"cdist": 3, "bmm": 1.5, "floor": 0.5}}, compiled=True,
-               B=64, patches=(1024, 1024), C=768, matches=20) for products in ("highest", "bf16")),
-    Matching("highest", "all patches", B=8, patches=(4096, 4096), C=256),
-    Matching("bf16", "ViT-S/16 maps", B=64, patches=(196, 196), C=384, matches=20),
-    Matching("highest", "ResNet-50 maps", {}, ("cuda", "cpu"), B=64, patches=(49, 49), C=512, matches=20),
-    Matching("highest", "ViT-S/16 maps on a CPU", {}, ("cpu",), B=8, patches=(196, 196), C=384, matches=20),
-)  # fmt: skip
-
-_DISTRIBUTED: tuple[Case, ...] = (
-    Distributed("high", "ResNet-50, 256 a rank", {"cuda": {}}, N=256, D=8192),
-    Distributed("bf16", "ResNet-50, 256 a rank", {"cuda": {}}, N=256, D=8192),
-    Distributed("highest", "256 a rank, on a CPU", {}, ("cpu",), N=256, D=2048),
-    Distributed("highest", "1024 a rank, on a CPU", {}, ("cpu",), N=1024, D=256),
+_MATCHING = (
+    matching("highest", 64, 1024, 768, 20, "dense correspondence", **_cuda(cdist=3, bmm=1.5, floor=0.5)),
+    matching("bf16", 64, 1024, 768, 20, "dense correspondence", **_cuda(cdist=3, bmm=1.5, floor=0.5)),
+    matching("highest", 8, 4096, 256, None, "all patches"),
+    matching("bf16", 64, 196, 384, 20, "ViT-S/16 maps"),
+    matching("highest", 64, 49, 512, 20, "ResNet-50 maps", devices=("cuda", "cpu")),
+    matching("highest", 8, 196, 384, 20, "ViT-S/16 maps on a CPU", **_cpu()),
+)
+_DISTRIBUTED = (
+    vicreg("high", 256, 8192, "ResNet-50, 256 a rank", "distributed", targets={"cuda": {}}),
+    vicreg("bf16", 256, 8192, "ResNet-50, 256 a rank", "distributed", targets={"cuda": {}}),
+    vicreg("highest", 256, 2048, "256 a rank, on a CPU", "distributed", **_cpu()),
+    vicreg("highest", 1024, 256, "1024 a rank, on a CPU", "distributed", **_cpu()),
 )
 
 
 def _merged(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """One case of each name: what two lists ask of it holds on the devices of both."""
-    found: dict[str, Case] = {}
+    """One case of each name, with the targets and devices of all cases of that name."""
+    merged: dict[str, Case] = {}
     for case in cases:
-        if (other := found.get(case.name)) is not None:
-            found[case.name] = replace(
-                other,
-                title=case.title if other.title in ("scaling", "on a CPU") else other.title,
-                targets={**case.targets, **other.targets},
-                devices=tuple(dict.fromkeys([*other.devices, *case.devices])),
-                compiled=other.compiled or case.compiled,
+        if (first := merged.get(case.name)) is not None:
+            case = replace(
+                first,
+                title=case.title if first.title in ("scaling", "on a CPU") else first.title,
+                targets={**case.targets, **first.targets},
+                devices=tuple(dict.fromkeys([*first.devices, *case.devices])),
+                compiled=first.compiled or case.compiled,
             )
-        else:
-            found[case.name] = case
-    return tuple(found.values())
+        merged[case.name] = case
+    return tuple(merged.values())
 
 
-CASES = _merged([*_vicreg(), *_vicreg_on_cpu(), *_LOCAL, *_MATCHING, *_DISTRIBUTED])
+CASES = _merged([*_vicreg_on_gpu(), *_vicreg_on_cpu(), *_LOCAL, *_MATCHING, *_DISTRIBUTED])
 SUITES = tuple(dict.fromkeys(case.suite for case in CASES))
-# The whole suite in one minute: one shape of each kind on a GPU, small ones on a CPU.
+# Every suite in one minute: one shape of each kind on a GPU, small ones on a CPU.
 QUICK = {
     "cuda": (
         "256x8192-high", "2048x8192-bf16", "6528x512-bf16", "vicregl-128x49x512-m20-bf16",

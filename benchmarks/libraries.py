@@ -1,4 +1,4 @@
-"""Other libraries' losses under their own definitions, where they are installed.  Each is imported at its first use."""
+"""Other libraries' losses under their own definitions, where they are installed.  Each is imported at first use."""
 
 import importlib
 import importlib.metadata
@@ -8,20 +8,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from torch import Tensor
 
-Losses = Callable[..., dict[str, Tensor]]  # from a case's inputs; "loss" is what is differentiated
+Losses = Callable[..., dict[str, Tensor]]  # from a shape's inputs to losses by name; "loss" is differentiated
 
 
 class Definition(NamedTuple):
-    """Coefficients and options with which ours equal the library's loss; VICRegLoss's / VICRegLLoss's arguments.
+    """Arguments with which VICRegLoss or VICRegLLoss equals a library's loss.
 
-    Ours are means over the two views, over the two directions, and over location and feature.  What a library sums
-    instead has twice its coefficient here.
+    vicreg_fast takes means over the two views, over the two directions, and over location and feature.  A term that a
+    library sums instead has twice its coefficient here.
     """
 
     inv_coeff: float
@@ -33,9 +34,9 @@ class Definition(NamedTuple):
 
 
 class Library(NamedTuple):
-    """A loss of another library: ``load`` imports it and raises what the import raises."""
+    """A loss of another library.  ``load`` imports it and raises what the import raises."""
 
-    package: str  # as pip knows it
+    package: str  # its name on the package index
     definition: Definition
     load: Callable[..., Losses]
 
@@ -48,50 +49,44 @@ def version(package: str) -> str | None:
         return None
 
 
-@cache  # A failed import takes seconds, and a second one may fail for another reason, at the remains of the first.
+@cache  # a failed import takes seconds, and the second attempt may fail at the remains of the first
 def find(library: Library, *arguments: Any) -> Losses | str:
-    """What ``load`` gives, or in one line why it is not there."""
-    found = version(library.package)
-    if found is None:
+    """The loss that ``load`` returns, or in one line why it is unavailable."""
+    installed = version(library.package)
+    if installed is None:
         return f"{library.package} is not installed"
     try:
         with _process_unchanged():
             return library.load(*arguments)
-    except Exception as error:  # A library of another torch fails with more than ImportError.
+    except Exception as error:  # a library built for another torch raises more than ImportError
         lines = str(error).strip().splitlines() or [""]
-        return f"{library.package} {found} cannot be imported: {type(error).__name__}: {lines[0]}".rstrip(": ")
+        reason = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+        return f"{library.package} {installed} cannot be imported: {reason}"
 
 
 @contextmanager
 def _process_unchanged() -> Iterator[None]:
-    """Undo what imports do to the process: stable-pretraining sets how CUDA allocates and takes over all logging."""
-    environment = dict(os.environ)
+    """Undo side effects of imports: stable-pretraining sets CUDA's allocator and takes over all logging."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        root.handlers = handlers
-        root.setLevel(level)
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
+    with mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            root.handlers = handlers
+            root.setLevel(level)
 
 
 def _named(loss: Callable[..., Tensor]) -> Losses:
     return lambda x, y: {"loss": loss(x, y)}
 
 
-def _lightly() -> Losses:
-    return _named(importlib.import_module("lightly.loss").VICRegLoss())
-
-
-def _stable_pretraining() -> Losses:
-    return _named(importlib.import_module("stable_pretraining.losses").VICRegLoss())
+def _default(module: str) -> Losses:
+    return _named(importlib.import_module(module).VICRegLoss())
 
 
 def _solo_learn() -> Losses:
-    # The file by itself: it needs torch alone, where its package asks for torch 1.9.1 and PyTorch Lightning 1.4.7.
+    # Its file by itself: that needs only torch, while the package needs torch 1.9.1 and PyTorch Lightning 1.4.7.
     package = importlib.util.find_spec("solo")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'solo'")
@@ -100,7 +95,7 @@ def _solo_learn() -> Losses:
     if spec is None or spec.loader is None:
         raise ImportError(f"no loader for {path.name}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where torch.compile looks for the globals of its functions
+    sys.modules[spec.name] = module  # torch.compile looks up the globals of its functions here
     spec.loader.exec_module(module)
     return _named(module.vicreg_loss_func)
 
@@ -109,9 +104,9 @@ def _lightly_local(num_matches: tuple[int, int]) -> Losses:
     loss = importlib.import_module("lightly.loss").VICRegLLoss(alpha=0.0, num_matches=num_matches)
 
     def local(x_maps: Tensor, y_maps: Tensor, x_locations: Tensor, y_locations: Tensor) -> dict[str, Tensor]:
-        # One view is passed as global, one as local.  Of two global views lightly takes (x, y) and (y, x), which is
-        # the same work twice.  Patches are a grid of one row.  The global part cannot be left out: its embeddings
-        # have one feature, and weight 0.
+        # One view is passed as global, one as local: of two global views lightly computes (x, y) and (y, x), the same
+        # work twice.  Patches are a grid with one row.  The global loss cannot be left out: its embeddings have one
+        # feature and its weight is 0.
         embeddings = x_maps.new_zeros(len(x_maps), 1)
         total = loss(
             global_view_features=[(embeddings, x_maps.unsqueeze(1))],
@@ -124,17 +119,19 @@ def _lightly_local(num_matches: tuple[int, int]) -> Losses:
     return local
 
 
-# x, y of (N, D) -> {"loss": ...}; nothing is gathered in a process that is alone.
+_SUM_COV = Definition(25.0, 25.0, 2.0, 1e-4)  # the sum of the views' covariance terms
+_SUM_VAR_COV = Definition(25.0, 50.0, 2.0, 1e-4)  # and of their variance terms
+# x, y of (N, D) -> {"loss": ...}.  One process gathers nothing.
 VICREG = {
-    "lightly": Library("lightly", Definition(25.0, 25.0, 2.0, 1e-4), _lightly),  # sums cov
-    "solo-learn": Library("solo-learn", Definition(25.0, 50.0, 2.0, 1e-4), _solo_learn),  # sums var and cov
+    "lightly": Library("lightly", _SUM_COV, partial(_default, "lightly.loss")),
+    "solo-learn": Library("solo-learn", _SUM_VAR_COV, _solo_learn),
     "stable-pretraining": Library(
-        "stable-pretraining", Definition(25.0, 25.0, 2.0, 1e-4), _stable_pretraining
-    ),  # sums cov
+        "stable-pretraining", _SUM_COV, partial(_default, "stable_pretraining.losses")
+    ),
 }
 
-# load(num_matches) -> (x_maps, y_maps, x_locations, y_locations) -> {"loss": ...}, the local part alone.
+# load(num_matches) -> (x_maps, y_maps, x_locations, y_locations) -> {"loss": ...}, the local loss alone.
 VICREGL = {
-    # Sums location and feature, each a mean over directions and views.
+    # The sum of location and feature, each a mean over directions and views.
     "lightly": Library("lightly", Definition(50.0, 50.0, 2.0, 1e-4, "slot"), _lightly_local),
 }

@@ -1,8 +1,8 @@
-"""Every provider of every shape under pytest-benchmark: ``pytest benchmarks/test_speed.py -k 256x2048``.
+"""Every provider at every shape under pytest-benchmark: ``pytest benchmarks/test_speed.py -k 256x2048``.
 
-One test is one part (forward, backward or both) of one provider on one shape; a group is what is compared.  A call ends
-when the device is done.  Of a GPU ``extra_info`` has the device's own time, by events.  Whoever is wrong fails and gets no
-time.  Providers take turns test by test here; ``python -m benchmarks run`` interleaves their rounds.
+One test is one part (forward, backward or both) of one provider at one shape.  A group is compared.  A call ends when the
+device is done; on a GPU ``extra_info`` has the device's own time, by events.  An incorrect provider fails and is not
+timed.  Providers are timed one after the other here; ``python -m benchmarks run`` interleaves their rounds.
 """
 
 import functools
@@ -13,19 +13,19 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import providers, timing
-from .cases import CASES, Case, Distributed
+from . import measure, providers, timing
+from .cases import CASES, Case
 from .conftest import DEVICE
-from .timing import Bench
+from .timing import Bench, Step
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The shapes of the device that --device names; several ranks are measured by ``python -m benchmarks run`` alone."""
+    """The shapes that --device measures by default.  Only ``python -m benchmarks run`` measures several ranks."""
     device = metafunc.config.stash[DEVICE]
     chosen = [
-        pytest.param(case, name, part, id=f"{case.name}-{part}-{name.replace(' ', '-')}")
+        pytest.param(case, name, part, id=f"{case.name}-{part}-{name}")
         for case in CASES
-        if device.type in case.devices and not isinstance(case, Distributed)
+        if device.type in case.devices and case.suite != "distributed"
         for name in providers.names_of(case)
         if name != "compile" or case.compiled
         for part in case.parts
@@ -33,36 +33,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "name", "part"), chosen)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor has remarks on the machine and on torch
+pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor warns about the machine and about torch
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _bench(device: torch.device) -> Bench:
     return Bench(device)
 
 
-@functools.lru_cache(maxsize=1)  # of the parts of one provider, which follow each other
-def _step(case: Case, name: str, device: torch.device) -> timing.Step | str:
-    """A step that is right and warmed up, or why there is none."""
+@functools.lru_cache(maxsize=1)  # the tests of a provider's parts follow each other
+def _prepared(case: Case, name: str, device: torch.device) -> tuple[Step | None, measure.Record]:
+    """A judged and warmed-up step, and the provider's entry; no step where it cannot be timed."""
+    _prepared.cache_clear()  # or the previous step would keep its memory until this one is made
     bench = _bench(device)
-    _step.cache_clear()  # the one before would be kept until this one is there
-    bench.free()
-    provider = dict(providers.providers(case, bench.device, [name])).get(name)
-    if provider is None or provider.losses is None:
-        return "unavailable: " + (provider.reason or "" if provider else "has no such loss")
-    inputs = case.inputs(0, bench.device)
-    found = providers.evaluate(case, provider.losses, inputs)
-    assert provider.definition is not None
-    true = providers.truth(case, provider.definition, inputs)
-    if reason := providers.wrong(providers.errors(found, true), providers.BOUNDS[case.products]):
-        return f"wrong: {reason}"
-    return timing.Step(provider.losses, inputs)
+    provider = dict(providers.providers(case, device, [name]))[name]
+    entry = measure.provider_record(provider)
+    steps = measure.prepare(case, provider, bench, [case.inputs(0, device)], {}, entry)
+    return (steps[0] if steps else None), entry
 
 
 @pytest.fixture
 def precision(case: Case, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Torch's own products as the case has them."""
-    with providers.products_of(case.precision, request.config.stash[DEVICE]):
+    """torch's own matmuls at the shape's precision."""
+    with providers.matmul_precision(case.precision, request.config.stash[DEVICE]):
         yield
 
 
@@ -70,12 +63,11 @@ def precision(case: Case, request: pytest.FixtureRequest) -> Iterator[None]:
 def test_speed(
     case: Case, name: str, part: str, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> None:
-    device = request.config.stash[DEVICE]
-    step = _step(case, name, device)
-    if isinstance(step, str):
-        (pytest.fail if step.startswith("wrong") else pytest.skip)(step)
-    bench = _bench(device)
-    benchmark.group = f"{case.name}, {part}"
+    bench = _bench(request.config.stash[DEVICE])
+    step, entry = _prepared(case, name, bench.device)
+    if step is None:
+        stop = pytest.skip if entry["status"] in ("unavailable", "out of memory") else pytest.fail
+        stop(f"{entry['status']}: {entry['reason']}")
 
     def finished(call: Callable[[], object]) -> Callable[[], None]:
         def timed() -> None:
@@ -84,12 +76,13 @@ def test_speed(
 
         return timed
 
-    before = finished(step.forward) if part == "backward" else finished(step.clear)
+    before = finished(step.forward if part == "backward" else step.clear)
     call = finished(getattr(step, part))
     before()
     start = time.perf_counter()
     call()
     rounds = max(5, min(100, int(1 / (time.perf_counter() - start))))
+    benchmark.group = f"{case.name}, {part}"
     benchmark.extra_info.update(
         suite=case.suite, shape=case.shape, provider=name, dtype=str(case.dtype), precision=case.precision
     )
@@ -97,5 +90,4 @@ def test_speed(
     step.clear()
     if bench.on_gpu and not benchmark.disabled:
         run = timing.launched(bench, [step])
-        times = [run(number)[part].device[0] for number in range(rounds)]
-        benchmark.extra_info["device"] = timing.quantiles(times)
+        benchmark.extra_info["device"] = measure.quantiles([run(0)[part].device for _ in range(rounds)])

@@ -1,109 +1,134 @@
-"""The benchmarks' gate, which gives no time to who is wrong: whom it lets pass, whom it refuses."""
+"""The benchmarks' gate: an incorrect provider is marked ``wrong`` and not timed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, machine, providers
-from benchmarks.cases import Case, Local, Matching, VICReg
+from benchmarks import gate, measure, providers
+from benchmarks.cases import Case, local, matching, vicreg
+from benchmarks.providers import DROP_IN, Provider
+from benchmarks.timing import Bench
 from vicreg_fast import reference
 from vicreg_fast.precision import round_operand
 
 CPU = torch.device("cpu")
+Losses = dict[str, Tensor]
 
 
-@pytest.mark.parametrize(("products", "refused"), [("highest", True), ("high", False)])
-def test_gate_tells_tf32_from_float32(products: str, refused: bool) -> None:
-    case = VICReg(products, N=256, D=512)
+@pytest.mark.parametrize(("matmul", "refused"), [("highest", True), ("high", False)])
+def test_tf32_in_place_of_float32_is_refused(matmul: str, refused: bool) -> None:
+    case = vicreg(matmul, 256, 512)
     inputs = case.inputs(0, CPU)
 
     def rounded(z: Tensor) -> Tensor:
         c = z - z.mean(0)
         return c + (round_operand(c.detach(), "tf32") - c.detach())
 
-    found = providers.evaluate(case, lambda x, y: providers.eager(rounded(x), rounded(y)), inputs)
-    # The invariance is taken from the centred views here, which changes its value a little: not what is judged.
-    values = {"cov-loss": found.values["cov-loss"]}
-    judged = providers.Evaluation(values, {"cov-loss": found.gradients["cov-loss"]})
-    true = providers.truth(case, providers.DROP_IN, inputs)
-    reason = providers.wrong(providers.errors(judged, true), providers.BOUNDS[products])
-    assert (reason is not None) == refused, reason
+    actual = gate.evaluate(case, lambda x, y: providers.eager(DROP_IN, rounded(x), rounded(y)), inputs)
+    # Only the covariance: the invariance of centred views is another value.
+    values = {"cov-loss": actual.values["cov-loss"]}
+    actual = gate.Evaluation(values, {"cov-loss": actual.gradients["cov-loss"]})
+    errors = gate.errors(actual, gate.truth(case, DROP_IN, inputs))
+    assert (gate.wrong(errors, gate.BOUNDS[matmul]) is not None) == refused, errors
 
 
-GATED: list[Case] = [VICReg(products, N=N, D=256) for products in providers.BOUNDS for N in (64, 513)]
+GATED: list[Case] = [vicreg(matmul, N, 256) for matmul in gate.BOUNDS for N in (64, 513)]
 GATED += [
-    Local(products, B=3, patches=(20, 9), C=64, matches=matches, statistics=statistics)
-    for products in providers.BOUNDS
+    local(matmul, 3, (20, 9), 64, matches, statistics=statistics)
+    for matmul in gate.BOUNDS
     for matches, statistics in (((5, 4), "image"), (None, "slot"))
 ]
-GATED += [Matching(products, B=3, patches=(70, 50), C=64, matches=20) for products in providers.BOUNDS]
+GATED += [matching(matmul, 3, (70, 50), 64, 20) for matmul in gate.BOUNDS]
 
 
 @pytest.mark.parametrize("case", GATED, ids=lambda case: case.name)
-def test_gate_lets_those_pass_that_are_right(case: Case) -> None:
+def test_correct_providers_pass(case: Case) -> None:
     inputs = case.inputs(3, CPU)
-    true = providers.truth(case, providers.definition_of(case), inputs)
+    exact = gate.truth(case, providers.definition_of(case), inputs)
     for name, provider in providers.providers(case, CPU, ["eager", "cdist", "bmm", "aten"]):
         assert provider.losses is not None, name
-        found = providers.errors(providers.evaluate(case, provider.losses, inputs), true)
-        assert providers.wrong(found, providers.BOUNDS[case.products]) is None, name
+        errors = gate.errors(gate.evaluate(case, provider.losses, inputs), exact)
+        assert gate.wrong(errors, gate.BOUNDS[case.matmul]) is None, name
 
 
-def test_gate_refuses_matches_that_are_not_the_nearest() -> None:
-    case = Matching("highest", B=3, patches=(70, 50), C=64, matches=20)
+def wrong_value(losses: Losses, x: Tensor) -> Losses:
+    return losses | {"loss": losses["loss"] * 1.01}
+
+
+def wrong_gradient(losses: Losses, x: Tensor) -> Losses:
+    return losses | {"loss": losses["loss"] + 0.1 * (x - x.detach()).sum() / x.numel()}
+
+
+def wrong_covariance_gradient(losses: Losses, x: Tensor) -> Losses:
+    return losses | {"cov-loss": losses["cov-loss"] + 1e-3 * (x - x.detach()).sum()}
+
+
+def unwritten_element(losses: Losses, x: Tensor) -> Losses:
+    return losses | {"var-loss": torch.empty_like(losses["var-loss"])}
+
+
+@pytest.mark.parametrize("fault", [wrong_value, wrong_gradient, wrong_covariance_gradient, unwritten_element])
+def test_wrong_provider_is_not_timed(fault: Callable[[Losses, Tensor], Losses]) -> None:
+    case = vicreg("highest", 64, 64)
+    provider = Provider(lambda x, y: fault(providers.eager(DROP_IN, x, y), x))
+    entry = measure.provider_record(provider)
+    steps = measure.prepare(case, provider, Bench(CPU), [case.inputs(0, CPU)], {}, entry)
+    assert steps == []
+    assert entry["status"] == "wrong"
+    assert "allowed" in entry["reason"]
+
+
+def test_matches_that_are_not_the_nearest_are_refused() -> None:
+    case = matching("highest", 3, (70, 50), 64, 20)
     inputs = case.inputs(3, CPU)
-    true = providers.truth(case, providers.DROP_IN, inputs)
 
-    def another(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        found = providers.eager_of(case, providers.DROP_IN)(x, y)
-        candidate = found["candidate"].clone()
+    def other(x: Tensor, y: Tensor) -> Losses:
+        matches = providers.eager_of(case, DROP_IN)(x, y)
+        candidate = matches["candidate"].clone()
         candidate[1, 7] = (candidate[1, 7] + 1) % 50
-        return {**found, "candidate": candidate}
+        return {**matches, "candidate": candidate}
 
-    found = providers.errors(providers.evaluate(case, another, inputs), true)
-    assert "chosen" in str(providers.wrong(found, providers.BOUNDS["bf16"]))
-
-
-def test_the_guide_s_shape_and_provider_work() -> None:
-    guide = (machine.ROOT / "docs" / "benchmarks.md").read_text()
-    shape, provider = (
-        guide.partition(f"## Add a {what}")[2].partition("```py\n")[2].partition("```")[0]
-        for what in ("shape", "provider")
-    )
-    added = eval(shape, vars(cases))
-    assert isinstance(added, Case), "an element that is put among others, not a tuple of its own"
-    assert added.name == "vicregl-32x256x1024-m20-bf16"
-
-    def my_loss(x: Tensor, y: Tensor) -> Tensor:
-        return providers.eager(x, y)["loss"]
-
-    views, maps = VICReg("highest", N=8, D=4), GATED[-1]
-    for case, there in ((views, True), (maps, False)):
-        makers: dict[str, Any] = {}
-        exec(provider, {**vars(providers), "my_loss": my_loss, "case": case, "makers": makers})
-        assert ("mine" in makers) == there
-        if there:
-            inputs = case.inputs(0, CPU)
-            true = providers.truth(case, providers.DROP_IN, inputs)
-            found = providers.errors(providers.evaluate(case, makers["mine"]().losses, inputs), true)
-            assert providers.wrong(found, providers.BOUNDS["highest"]) is None
+    errors = gate.errors(gate.evaluate(case, other, inputs), gate.truth(case, DROP_IN, inputs))
+    assert "chosen" in str(gate.wrong(errors, gate.BOUNDS["bf16"]))
 
 
-def test_inputs_have_matches_that_are_told_apart() -> None:
-    case = Local("highest", B=4, patches=(49, 49), C=512, matches=(20, 20))
-    x, y, *_ = case.inputs(0, CPU)
+def test_failed_reference_is_recorded_once_and_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = vicreg("highest", 4, 8), []
+
+    def no_memory(*args: Any) -> None:
+        calls.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gate, "truth", no_memory)
+    truths: measure.Truths = {}
+    for _ in range(2):
+        provider = Provider(lambda x, y: {})
+        entry = measure.provider_record(provider)
+        assert measure.prepare(case, provider, Bench(CPU), [case.inputs(0, CPU)], truths, entry) == []
+        assert (entry["status"], entry["reason"]) == ("out of memory", "float64 reference: CUDA out of memory")
+    (kept,) = truths.values()
+    assert len(calls) == 1
+    traceback = kept.__traceback__  # type: ignore[union-attr]
+    while traceback is not None:  # its frames would hold the tensors that filled the memory
+        assert traceback.tb_frame.f_code.co_name != "no_memory"
+        traceback = traceback.tb_next
+
+
+def test_inputs_have_distinct_matches() -> None:
+    x, y, *_ = local("highest", 4, 49, 512, 20).inputs(0, CPU)
     d = reference.distances(x.detach().double(), y.detach().double()).min(-1).values.sort(-1).values
-    assert ((d[:, 20] - d[:, 19]) / d[:, 19]).min() > 1e-4  # the last that is chosen, and the first that is not
+    assert ((d[:, 20] - d[:, 19]) / d[:, 19]).min() > 1e-4  # the last match and the first other patch
 
 
-def test_torch_multiplies_in_the_shape_s_precision_and_is_left_as_it_was() -> None:
+def test_torch_matmuls_have_the_shape_s_precision_and_are_restored() -> None:
     matmul, device = torch.backends.cuda.matmul, torch.device("cuda")
     before = matmul.fp32_precision
     for precision, setting in (("high", "tf32"), ("highest", "ieee"), (None, "ieee")):
-        with providers.products_of(precision, device):
+        with providers.matmul_precision(precision, device):
             assert matmul.fp32_precision == setting
-            # What Inductor reads: it raises where only the newer of torch's two interfaces was used.
+            # Inductor reads the older of torch's interfaces.
             assert torch.get_float32_matmul_precision() == ("high" if setting == "tf32" else "highest")
         assert matmul.fp32_precision == before

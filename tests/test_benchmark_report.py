@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: what it reads and refuses, its page, figures and comparison, and README."""
+"""``python -m benchmarks report``: the files that it refuses, its tables and comparisons, README.md and docs/benchmarks.md."""
 
 import json
 import subprocess
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import figures, machine, page, report, results
+from benchmarks import figures, machine, report, results, targets
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, Distributed
+from benchmarks.cases import CASES
 
-from .played_result import CEILINGS, MARK, played_result
+from .fake_result import CEILINGS, MARK, fake_result
 
 Capture = pytest.CaptureFixture[str]
 NAMED = {case.name: case for case in CASES}
@@ -21,83 +21,95 @@ NAMED = {case.name: case for case in CASES}
 
 @pytest.fixture(scope="module")
 def document() -> results.Document:
-    return played_result()
+    return fake_result()
 
 
 @pytest.fixture
 def path(document: results.Document, tmp_path: Path) -> Path:
-    path = tmp_path / "played.json"
-    results.save(json.loads(json.dumps(document)), path)
+    path = tmp_path / "fake.json"
+    results.save(document, path)
     return path
 
 
-# -- the file ---------------------------------------------------------------------------------------------------
+def refused(capsys: Capture, *arguments: object) -> str:
+    """What a refused command prints."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_a_file_is_read_as_it_was_written(path: Path, document: results.Document) -> None:
+def cells(text: str, start: str) -> list[str]:
+    """The cells of the one table row that starts so."""
+    (row,) = [line for line in text.splitlines() if line.replace(" ", "").startswith(start.replace(" ", ""))]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+# -- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_file_is_read_as_it_was_written(path: Path, document: results.Document) -> None:
     assert results.load(path) == document
 
 
-def edited(change: Callable[[dict[str, Any]], object], again: bool = False) -> Callable[[Path], None]:
-    def edit(path: Path) -> None:
-        held = json.loads(path.read_text())
-        change(held)
-        if again:
-            held["sha256"] = results.digest(held)
-        path.write_text(json.dumps(held))
-
-    return edit
-
-
-REFUSED = {
-    "not there": (lambda path: path.unlink(), "cannot read"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot read"),
-    "empty": (lambda path: path.write_text(""), "cut short"),
-    "cut short": (lambda path: path.write_text(path.read_text()[:-100]), "cut short"),
-    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "no JSON"),
-    "a list": (lambda path: path.write_text("[]"), "its schema is None"),
-    "another file": (lambda path: path.write_text('{"schema": "other"}'), "its schema is 'other'"),
-    "version 1": (edited(lambda d: d.update(version=1), again=True), "version 1 of the schema; version 3 is read"),
-    "a faster time": (
-        edited(lambda d: d["cases"][5]["providers"]["triton"]["modes"]["graph"]["both"].update(median=1e-9)),
-        "was edited",
-    ),
-    "no checksum": (edited(lambda d: d.pop("sha256")), "was edited"),
-    "no cases": (edited(lambda d: d.pop("cases"), again=True), "'cases' is a required property"),
-    "a word for a time": (
-        edited(lambda d: d["cases"][5].update(samples="many"), again=True),
-        "$.cases[5].samples",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_cannot_be_used_is_refused_with_its_reason(case: str, path: Path, capsys: Capture) -> None:
-    spoil, reason = REFUSED[case]
-    spoil(path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["report", str(path), "--out", str(path.parent / "out")])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert reason in message
-    assert str(path) in message
-    assert not (path.parent / "out").exists()
-
-
-def test_every_key_of_the_schema_is_in_a_result(document: results.Document) -> None:
-    """What the schema calls required is what is written: nothing is read that may be missing."""
-    case = document["cases"][3]
-    schema = results.schema()
+def test_every_required_key_of_the_schema_is_written(document: results.Document) -> None:
+    case, schema = document["cases"][3], results.schema()
     assert set(schema["required"]) | {"fixture"} == document.keys()
     assert set(schema["$defs"]["case"]["required"]) == case.keys()
     assert set(schema["$defs"]["provider"]["required"]) == case["providers"]["triton"].keys()
     assert set(schema["$defs"]["mode"]["required"]) == case["providers"]["triton"]["modes"]["graph"].keys()
 
 
-# -- the floor and the targets ------------------------------------------------------------------------------------
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        held = json.loads(path.read_text())
+        change(held)
+        path.write_text(json.dumps(held))
+
+    return edit
 
 
-def test_floor_is_the_slower_of_operations_and_bytes() -> None:
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "cannot read"),
+    "empty": (lambda path: path.write_text(""), "not complete JSON"),
+    "cut short": (lambda path: path.write_text(path.read_text()[:-100]), "not complete JSON"),
+    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not complete JSON"),
+    "a list": (lambda path: path.write_text("[]"), "its schema is None"),
+    "another schema": (lambda path: path.write_text('{"schema": "other"}'), "its schema is 'other'"),
+    "another version": (edited(lambda d: d.update(version=1)), "schema version 1; only 3 can be read"),
+    "a missing key": (edited(lambda d: d.pop("cases")), "'cases' is a required property"),
+    "a wrong type": (edited(lambda d: d["cases"][5].update(samples="many")), "$.cases[5].samples"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_file_is_refused_with_the_reason(case: str, path: Path, capsys: Capture) -> None:
+    spoil, reason = REFUSED[case]
+    spoil(path)
+    message = refused(capsys, path, "--out", path.parent / "out")
+    assert reason in message
+    assert str(path) in message
+    assert not (path.parent / "out").exists()
+
+
+def test_impossible_arguments_are_refused(path: Path, capsys: Capture) -> None:
+    before = report.README.read_text()
+    assert "two result files" in refused(capsys, "--compare", path)
+    assert str(path) in refused(capsys, path, "--out", path)  # a file in place of a folder
+    assert "--out" in refused(capsys, "--readme", path, "--out", path.parent)
+    assert "not there" in refused(capsys, "--readme", path)
+    assert report.README.read_text() == before
+
+
+def test_readme_takes_no_fake_result(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(results, "RESULTS", path.parent)
+    assert "complete runs" in refused(capsys, "--readme", path)
+
+
+# -- roofline bounds and targets ----------------------------------------------------------------------------------
+
+
+def test_roofline_bound_is_the_slower_of_operations_and_bytes() -> None:
     expected = {
         "256x8192-highest": (24e-6, "operations"),
         "256x8192-high": (12e-6, "bytes"),
@@ -109,203 +121,120 @@ def test_floor_is_the_slower_of_operations_and_bytes() -> None:
         "matching-64x1024x768-m20-highest": (0.78e-3, "operations"),
     }
     for name, (seconds, bound_by) in expected.items():
-        found = report.floor(NAMED[name], CEILINGS)
-        whole = found["both" if "both" in found else "forward"]
-        assert whole["seconds"] == pytest.approx(seconds, rel=0.05), name
-        assert whole["bound_by"] == bound_by
-        assert sum(found[part]["bytes"] for part in found if part != "both") == whole["bytes"]
-
-
-def test_the_floor_of_ranks_is_shared() -> None:
-    (case, *_) = [case for case in CASES if isinstance(case, Distributed)]
-    one, four = (report.floor(case, CEILINGS, ranks)["both"]["seconds"] for ranks in (1, 4))
+        bound = targets.roofline(NAMED[name], CEILINGS)[NAMED[name].parts[-1]]
+        assert bound["seconds"] == pytest.approx(seconds, rel=0.05), name
+        assert bound["bound_by"] == bound_by
+    one, four = (targets.roofline(NAMED["256x8192-high"], CEILINGS, n)["both"]["seconds"] for n in (1, 4))
     assert four == pytest.approx(one / 4)
 
 
 def test_targets_are_met_or_missed() -> None:
     case = NAMED["256x8192-highest"]
-    times = {"eager": 6.0, "compile": 2.4, "triton": 0.1}
-    entries: dict[str, Any] = {
-        name: {"status": "right", "modes": {"graph": {"status": "timed", "both": {"median": seconds}}}}
-        for name, seconds in times.items()
+    seconds = {"eager": 6.0, "compile": 2.4, "triton": 0.1}
+    record: dict[str, Any] = {"suite": "vicreg", "floor": {"both": {"seconds": 0.05}}}
+    record["providers"] = {
+        name: {"status": "right", "modes": {"graph": {"both": {"median": median}}}}
+        for name, median in seconds.items()
     }
-    entries["aten"] = {"status": "wrong", "modes": {"launch": {"status": "wrong"}}}
-    record: dict[str, Any] = {
-        "name": case.name, "suite": "vicreg", "samples": 256, "providers": entries,
-        "floor": {"both": {"seconds": 0.05, "operations": 10**12, "bytes": 10**9}},
-    }  # fmt: skip
-    judged = report.judge(case, record, "cuda")
-    assert {name: (j["asked"], j["met"]) for name, j in judged["graph"].items()} == {
-        "eager": (60, True),
-        "compile": (25, False),
-        "aten": (1.5, None),
-        "floor": (0.4, True),
+    record["providers"]["aten"] = {"status": "wrong", "modes": {"launch": {"status": "wrong"}}}
+    verdicts = targets.judge(case, record, "cuda")
+    assert verdicts["graph"] == {
+        "eager": {"asked": 60, "found": pytest.approx(60), "met": True},
+        "compile": {"asked": 25, "found": pytest.approx(24), "met": False},
+        "aten": {"asked": 1.5, "found": None, "met": None},
+        "floor": {"asked": 0.4, "found": pytest.approx(0.5), "met": True},
     }
-    assert judged["launch"]["floor"] == {"asked": None, "found": None, "met": None}
-    record["targets"] = judged
-    row = report.rows_of([record], "graph").splitlines()[2]
-    assert row == (
-        "| 256x8192-highest | 6 s | 2.4 s | wrong | 100 ms | 60x (60x) | – (1.5x) | "
-        "2.56 k | 10 | 10 | 50% (40%) |"
-    )
+    assert verdicts["launch"]["floor"] == {"asked": None, "found": None, "met": None}
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4e-6, "4 µs"), (9.996e-4, "1e+03 µs"), (1234.0, "1234 s")],
+    ("seconds", "text"),
+    [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4e-6, "4 µs"), (9.996e-4, "1000 µs"), (1234.0, "1234 s")],
 )
-def test_durations(seconds: float, words: str) -> None:
-    found = report.duration(seconds)
-    assert found == words.replace("1e+03", "1000")
+def test_durations(seconds: float, text: str) -> None:
+    assert targets.duration(seconds) == text
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
 
 
-def test_a_page_says_what_was_measured_and_what_was_not(path: Path, capsys: Capture) -> None:
+def test_page_has_the_measured_numbers(path: Path, document: results.Document, capsys: Capture) -> None:
     out = path.parent / "out"
     assert main(["report", str(path), "--out", str(out)]) == 0
-    assert "4 figures" in capsys.readouterr().out
+    assert "3 figures" in capsys.readouterr().out
     text = (out / "report.md").read_text()
     assert f"**Nothing here was measured:** {MARK}" in text
-    for heading in (
-        "What was asked of it",
-        "VICReg, forward and backward, mode graph",
-        "Patch matching, forward, mode",
-    ):
-        assert f"## {heading}" in text
-    for name in NAMED:
-        assert (name in text) == ("cuda" in NAMED[name].devices), name
-    first = results.load(path)["cases"][0]["name"]
-    assert f"| eager | wrong | loss: error 1.0e-01 of its size | {first} |" in text
-    assert "CUDA out of memory" in text
-    assert "**missed**" in text
-    assert "700.0 W" in text
-    for name in figures.FIGURES:
-        for theme in ("light", "dark"):
-            assert f"{name}-{theme}.png" in text
-            assert (out / f"{name}-{theme}.png").stat().st_size > 10_000
+    for name, case in NAMED.items():
+        assert (name in text) == ("cuda" in case.devices), name
+    (record,) = [record for record in document["cases"] if record["name"] == "256x8192-highest"]
+    medians = {
+        name: record["providers"][name]["modes"]["graph"]["both"]["median"] for name in ("eager", "triton")
+    }
+    graph = text.partition("## VICReg, forward and backward, mode graph")[2].partition("<details>")[0]
+    row = dict(zip(cells(graph, "| shape"), cells(graph, "| 256x8192-highest"), strict=True))
+    assert row["eager"] == targets.duration(medians["eager"])
+    assert row["triton"] == targets.duration(medians["triton"])
+    assert row["speed-up over eager"] == f"{medians['eager'] / medians['triton']:.3g}x"
+    assert row["% of roofline"] == f"{100 * record['floor']['both']['seconds'] / medians['triton']:.3g}%"
+    assert row["samples/s"] == f"{256 / medians['triton']:,.0f}"
+    assert cells(text, "| 256x8192-highest | graph | speed-up over eager")[3:] == ["60", "15.1", "**missed**"]
+    assert cells(text, "| eager | wrong")[2:] == [
+        "loss: error 1.0e-01 of its size",
+        document["cases"][0]["name"],
+        "1",
+    ]
+    assert cells(text, "| all | out of memory")[2] == "CUDA out of memory"
+    for picture in out.glob("*.png"):
+        assert f"{picture.name}" in text
 
 
-def test_figures_differ_by_their_ground(path: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    light, dark = figures.save(lambda: figures.speedups([results.load(path)]), tmp_path, "speed")
-    corners = [Image.open(picture).convert("L").getpixel((0, 0)) for picture in (light, dark)]
-    assert corners[0] == 255
-    assert isinstance(corners[1], int)
-    assert corners[1] < 40
-
-
-def test_a_sweep_is_the_longest_line_of_shapes(document: results.Document) -> None:
-    for along, fixed in (("N", 2048), ("D", 2048)):
-        other, records = figures.sweep(document["cases"], along)
-        assert other == fixed
-        values = [record["shape"][along] for record in records]
-        assert values == [2**k for k in range(6, 15)]
-        assert {figures.products_of(record) for record in records} == {"high"}
+def test_comparison_marks_overlapping_quantiles(path: Path, tmp_path: Path) -> None:
+    others = [tmp_path / "other.json", tmp_path / "third.json"]
+    for other, faster in zip(others, (1.001, 2.0), strict=True):
+        results.save(fake_result(faster, f"NVIDIA {other.stem}"), other)
+    assert main(["report", "--compare", *map(str, [path, *others]), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "NVIDIA Fake against NVIDIA other against NVIDIA third" in text
+    row = dict(zip(cells(text, "| shape"), cells(text, "| 4096x16384-highest | graph"), strict=True))
+    assert (row["A/A"], row["A/B"], row["A/C"]) == ("1x", "1x ~", "2x")
 
 
-def test_a_comparison_marks_what_overlaps(path: Path) -> None:
-    other = path.parent / "other.json"
-    results.save(played_result(faster=1.001, device="NVIDIA Other"), other)
-    third = path.parent / "third.json"
-    results.save(played_result(faster=2.0, device="NVIDIA Third"), third)
-    out = path.parent / "out"
-    assert main(["report", "--compare", str(path), str(other), str(third), "--out", str(out)]) == 0
-    text = (out / "compare.md").read_text()
-    assert "NVIDIA Played against NVIDIA Other against NVIDIA Third" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| 4096x16384-highest | graph")]
-    cells = [cell.strip() for cell in row.split("|")]
-    assert cells[4] == "1x"
-    assert cells[6] == "1x ~"
-    assert cells[8].startswith("2x")
-    assert "~" not in cells[8]
+def test_line_of_scaling_is_the_longest(document: results.Document) -> None:
+    for along, fixed in (("N", "D = 2048, high"), ("D", "N = 2048, high")):
+        found, sizes = figures.line_of(document, along)
+        assert found == fixed
+        assert list(sizes.values()) == [2**k for k in range(6, 15)]
 
 
-def test_two_runs_of_one_device_are_two_series(document: results.Document) -> None:
-    figure = figures.speedups([document, document])
-    assert figure is not None
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [label[:2] for label in labels] == ["A:", "B:"]
+def test_result_without_times_has_a_page(document: results.Document) -> None:
+    empty = document | {"complete": False, "cases": document["cases"][-1:]}
+    assert "**Stopped after 1 of" in "\n".join(report.page(empty))
+    assert report.summary(empty).startswith("Nothing was timed.")
+    assert "**Stopped after 0 of" in "\n".join(report.page(empty | {"cases": []}))
 
 
-def test_sweeps_of_other_shapes_are_not_drawn_over_each_other(document: results.Document) -> None:
-    other = json.loads(json.dumps(document))
-    other["cases"] = [case for case in other["cases"] if case["shape"].get("D") != 2048]
-    figure = figures.scaling([document, other])
-    assert figure is not None
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert not [label for label in labels if label.startswith("B:")]
+# -- README.md and docs/benchmarks.md -----------------------------------------------------------------------------
 
 
-def test_one_file_cannot_be_compared(path: Path, capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["report", "--compare", str(path)])
-    assert "two result files" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_is_refused(path: Path, capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["report", str(path), "--out", str(path)])
-    assert str(path) in capsys.readouterr().err
-
-
-def test_a_comparison_leaves_the_page_s_figures(path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(["report", str(path), "--out", str(out)]) == 0
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert main(["report", "--compare", str(path), str(path), "--out", str(out)]) == 0
-    assert {name: (out / name).read_bytes() for name in before} == before
-    there = {file.name for file in out.iterdir()} - before.keys()
-    assert {
-        "compare.md",
-        "compare-speedups-light.png",
-        "compare-memory-A-dark.png",
-        "compare-memory-B-dark.png",
-    } <= there
-
-
-def test_a_run_that_was_continued_in_vain_keeps_its_ceilings(document: results.Document) -> None:
-    found = json.loads(json.dumps(document))
-    found["sessions"].append({**found["sessions"][0], "ceilings": None})
-    assert figures.roofline([found]) is not None
-
-
-# -- README.md and docs/benchmarks.md ------------------------------------------------------------------------------
-
-GUIDE = machine.ROOT / "docs" / "benchmarks.md"  # with the tables of memory and of other libraries
-
-
-def test_readme_shows_what_its_result_file_holds() -> None:
-    """``python -m benchmarks report --readme FILE`` writes both tables and the figure."""
-    text = page.README.read_text()
-    path = results.RESULTS / page.shown(text, "speed table")
+@pytest.mark.parametrize(
+    ("file", "mark"),
+    [(report.README, "speed table"), (report.GUIDE, "memory table"), (report.GUIDE, "library table")],
+    ids=["speed", "memory", "library"],
+)
+def test_tables_are_those_of_a_kept_result(file: Path, mark: str) -> None:
+    block = report.between(file.read_text(), mark)
+    assert block is not None
+    path = results.RESULTS / block.partition("from `benchmarks/results/")[2].partition("`")[0]
     document = results.load(path)
+    assert document["complete"]
     assert "fixture" not in document
-    assert document["complete"]
-    assert page.between(text, "speed table") == page.readme_speed(document, path)
-    assert page.between(GUIDE.read_text(), "memory table") == page.readme_memory(document)
-    for theme in ("light", "dark"):
+    assert report.blocks(document, path)[mark] == block
+    for theme in ("light", "dark") if mark == "speed table" else ():
         with Image.open(machine.ROOT / "docs" / f"speed-{theme}.png") as picture:
-            assert picture.info["Source"] == document["sha256"], "the figure is of another result"
+            assert picture.info["Source"] == path.name
 
 
-def test_a_figure_says_what_it_was_drawn_from(document: results.Document, tmp_path: Path) -> None:
-    for path in figures.save(lambda: figures.speedups([document]), tmp_path, "speed", "a result"):
-        with Image.open(path) as picture:
-            assert picture.info["Source"] == "a result"
-
-
-def test_readme_shows_what_was_measured_beside_libraries() -> None:
-    text = GUIDE.read_text()
-    path = results.RESULTS / page.shown(text, "library table")
-    document = results.load(path)
-    assert document["complete"]
-    assert page.between(text, "library table") == page.readme_libraries(document, path)
-
-
-def test_every_kept_result_can_be_read_and_was_measured() -> None:
+def test_every_kept_result_was_measured_on_a_commit() -> None:
     command = ["git", "-C", str(results.RESULTS), "ls-files", "*.json"]
     tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     kept = [results.RESULTS / name for name in tracked if name != "schema.json"]
@@ -314,26 +243,3 @@ def test_every_kept_result_can_be_read_and_was_measured() -> None:
         document = results.load(path)
         assert "fixture" not in document, path
         assert document["commit"]["dirty"] is False, path
-
-
-def test_readme_takes_no_fixture(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(results, "RESULTS", path.parent)
-    monkeypatch.setattr(page, "README", path.parent / "README.md")
-    with pytest.raises(SystemExit):
-        main(["report", "--readme", str(path)])
-    assert "complete runs" in capsys.readouterr().err
-    assert not (path.parent / "README.md").exists()
-
-
-def test_readme_is_written_nowhere_else(path: Path, tmp_path: Path, capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["report", "--readme", str(path), "--out", str(tmp_path)])
-    assert "--out" in capsys.readouterr().err
-
-
-def test_readme_takes_what_is_kept_only(path: Path, capsys: Capture) -> None:
-    before = page.README.read_text()
-    with pytest.raises(SystemExit):
-        main(["report", "--readme", str(path)])
-    assert "is not" in capsys.readouterr().err
-    assert page.README.read_text() == before

@@ -1,11 +1,10 @@
-"""``python -m benchmarks run``, on a CPU and on a GPU that is played: what it writes, refuses and leaves out."""
+"""``python -m benchmarks run`` on a CPU: what it writes, continues, records and refuses."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,29 +18,30 @@ from benchmarks import (
     distributed,
     libraries,
     machine,
+    measure,
     providers,
-    report,
     results,
     run,
+    targets,
     test_speed,
     timing,
 )
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, Case, VICReg
+from benchmarks.cases import CASES, SUITES, Case
 from benchmarks.conftest import DEVICE
 
-from .played_result import CEILINGS
+from .fake_result import CEILINGS
 
 Capture = pytest.CaptureFixture[str]
 TINY = "64x64-highest"
 NAMED = {case.name: case for case in CASES}
-ARGUMENTS = ("run", "--device", "cpu", "--quick", "--shape", TINY, "--out")
+ON_CPU = ("run", "--device", "cpu", "--quick")
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds; and half a second for the ceilings only where a test is about them."""
+    """Few rounds; ceilings, which take half a second, only where a test is about them."""
     monkeypatch.setattr(timing, "QUICK", timing.Effort(2, 3, 0.0))
     if "real_ceilings" not in request.fixturenames:
         monkeypatch.setattr(timing, "ceilings", lambda bench: CEILINGS)
@@ -52,31 +52,40 @@ def real_ceilings() -> None:
     pass
 
 
+def run_shapes(folder: Path, *names: str) -> int:
+    return main([*ON_CPU, "--out", str(folder), "--shape", *names])
+
+
 def written(folder: Path) -> dict[str, Any]:
     (path,) = folder.iterdir()
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
+    return results.load(path)  # which checks it against the schema
+
+
+def interrupted(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# -- what is written ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("real_ceilings")
-def test_result_holds_the_machine_and_the_times(tmp_path: Path, capsys: Capture) -> None:
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
+def test_result_has_the_machine_the_errors_and_the_times(tmp_path: Path, capsys: Capture) -> None:
+    assert run_shapes(tmp_path, TINY) == 0
     document = written(tmp_path)
-    assert (document["schema"], document["version"], document["complete"]) == ("vicreg_fast.benchmark", 3, True)
     (session,) = document["sessions"]
-    assert session["command"] == " ".join(("python -m benchmarks", *ARGUMENTS, str(tmp_path)))
-    assert session["date"].endswith("+00:00")
-    assert session["clocks"]["before"]["power_limit_w"] is None
+    assert (
+        session["command"] == f"python -m benchmarks run --device cpu --quick --out {tmp_path} --shape {TINY}"
+    )
     assert session["clocks"]["after"]["reason"]
-    # No CPU is slower than 10 MB/s, none faster than 100 TB/s: a lost factor of a million would be.
+    # No CPU is slower than 10 MB/s or faster than 100 TB/s: a wrong unit would be.
     ceilings = session["ceilings"]
     for rate in (ceilings["copy_bytes_per_s"], *ceilings["operations_per_s"].values()):
         assert 1e7 < rate < 1e14
+    assert document["complete"]
     assert document["machine"]["torch"] == torch.__version__
     assert document["asked"] == {"shapes": [TINY], "providers": None, "quick": True}
     (case,) = document["cases"]
-    assert (case["name"], case["shape"], case["dtype"]) == (TINY, {"N": 64, "D": 64}, "float32")
-    assert (case["precision"], case["status"], case["samples"]) == ("highest", "measured", 64)
+    assert (case["shape"], case["dtype"], case["samples"]) == ({"N": 64, "D": 64}, "float32", 64)
     assert case["floor"]["both"]["operations"] == 6 * 64**3
     assert case["floor"]["both"]["bytes"] == 6 * 64 * 64 * 4
     for name in ("eager", "aten"):
@@ -88,130 +97,66 @@ def test_result_holds_the_machine_and_the_times(tmp_path: Path, capsys: Capture)
         assert (mode["status"], mode["rounds"], mode["host"]) == ("timed", 2, None)
         for part in ("forward", "backward", "both"):
             assert 0 < mode[part]["q20"] <= mode[part]["median"] <= mode[part]["q80"]
-        assert mode["both"]["q80"] > mode["backward"]["q20"]
-    for name in ("compile", "triton"):
-        assert case["providers"][name]["status"] == "unavailable"
-        assert case["providers"][name]["modes"] == {}
     assert "needs a CUDA or ROCm device" in case["providers"]["triton"]["reason"]
     eager, aten = (case["providers"][name]["modes"]["launch"]["both"]["median"] for name in ("eager", "aten"))
-    judged = case["targets"]["launch"]["eager"]
-    assert judged == {"asked": 1.0, "found": eager / aten, "met": eager >= aten}
+    verdict = case["targets"]["launch"]["eager"]
+    assert verdict == {"asked": 1.0, "found": eager / aten, "met": eager >= aten}
     out = capsys.readouterr().out
-    assert report.table(document) in out
     assert f"| {TINY} | " in out
+    assert "| lightly " in out  # among what is not timed
 
 
 @pytest.mark.parametrize("name", ["vicregl-2x4x8-m2-highest", "matching-64x49x512-m20-highest"])
 def test_maps_are_measured(name: str, tmp_path: Path) -> None:
-    assert main(["run", "--device", "cpu", "--quick", "--shape", name, "--out", str(tmp_path)]) == 0
+    assert run_shapes(tmp_path, name) == 0
     (case,) = written(tmp_path)["cases"]
-    parts = NAMED[name].parts
-    for provider in ("eager", "cdist", "aten", *(["bmm"] if "bmm" in case["providers"] else [])):
+    for provider in {"eager", "cdist", "bmm", "aten"} & case["providers"].keys():
         mode = case["providers"][provider]["modes"]["launch"]
         assert mode["status"] == "timed", provider
-        assert [part for part in ("forward", "backward", "both") if mode[part]] == list(parts)
-    assert case["floor"].keys() == set(parts)
+        assert tuple(part for part in ("forward", "backward", "both") if mode[part]) == NAMED[name].parts
     assert case["targets"]["launch"]["eager"]["found"] > 0
 
 
-def test_ranks_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "ranks-1024x256-highest"
-    assert main(["run", "--device", "cpu", "--quick", "--shape", name, "--out", str(tmp_path)]) == 0
+def test_two_ranks_are_measured(tmp_path: Path) -> None:
+    assert run_shapes(tmp_path, "ranks-1024x256-highest") == 0
     (case,) = written(tmp_path)["cases"]
-    assert case["shape"] == {"N": 1024, "D": 256, "ranks": 2}
-    assert case["samples"] == 2048
+    assert (case["shape"], case["samples"]) == ({"N": 1024, "D": 256, "ranks": 2}, 2048)
     for provider in ("eager", "aten"):
         entry = case["providers"][provider]
         assert entry["status"] == "right", entry["reason"]
+        assert entry["errors"]["gradient of loss"] < case["bound"]
         assert entry["modes"]["launch"]["both"]["median"] > 0
         # Eager code gathers both views of both ranks, and makes a matrix of each.
         assert min(entry["peak_bytes"].values()) > 2 * 2 * 1024 * 256 * 4
     assert case["providers"]["triton"]["status"] == "unavailable"
 
 
-def test_a_provider_that_raises_on_all_ranks_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_memory(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(distributed, "_eager", no_memory)
-    case = NAMED["ranks-1024x256-highest"]
-    dist = torch.distributed
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        found = distributed._measured(case, CPU, 0, 1, timing.QUICK, ["eager", "aten"])
-    finally:
-        dist.destroy_process_group()
-    assert (found["eager"]["status"], found["eager"]["reason"]) == ("out of memory", "CUDA out of memory")
-    assert found["eager"]["modes"] == {}
-    assert found["aten"]["modes"]["launch"]["both"]["median"] > 0
-
-
-def test_one_gpu_has_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_is_left_out_of_the_distributed_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     record: dict[str, Any] = {"shape": {}, "status": "measured"}
     case = NAMED["ranks-256x8192-high"]
-    assert isinstance(case, distributed.Distributed)
-    distributed.measure(case, record, CEILINGS, torch.device("cuda:0"), timing.QUICK, None)
+    distributed.measure_ranks(case, record, CEILINGS, torch.device("cuda:0"), timing.QUICK, None)
     assert record["status"] == "left out"
     assert "one GPU" in record["reason"]
 
 
-def wrong_value(losses: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    return losses | {"loss": losses["loss"] * 1.01}
+# -- what goes wrong ----------------------------------------------------------------------------------------------
 
 
-def wrong_gradient(losses: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    return losses | {"loss": losses["loss"] + 0.1 * (x - x.detach()).sum() / x.numel()}
-
-
-def unwritten_gradient(losses: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    return losses | {"cov-loss": losses["cov-loss"] + float("nan") * (x - x.detach()).sum().detach()}
-
-
-@pytest.mark.parametrize("fault", [wrong_value, wrong_gradient, unwritten_gradient])
-def test_wrong_provider_gets_a_mark_and_no_time(
-    fault: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    right = providers.VICRegLoss
-
-    def faulty(*args: Any, **kwargs: Any) -> providers.Losses:
-        losses = right(*args, **kwargs)
-        return lambda x, y: fault(dict(losses(x, y)), x)
-
-    monkeypatch.setattr(providers, "VICRegLoss", faulty)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 1
-    (case,) = written(tmp_path)["cases"]
-    entry = case["providers"]["aten"]
-    assert entry["status"] == "wrong"
-    assert "allowed" in entry["reason"]
-    assert entry["modes"] == {}
-    assert case["providers"]["eager"]["modes"]["launch"]["status"] == "timed"
-    assert " wrong | " in capsys.readouterr().out
-
-
+@pytest.mark.parametrize("successes", [0, 4], ids=["at the gate", "while timed"])
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [(torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 0), (ZeroDivisionError("no"), "error", 1)],
+    ids=["memory", "error"],
 )
-@pytest.mark.parametrize("calls_that_pass", [0, 4], ids=["at the gate", "while timed"])
-def test_provider_that_raises_is_written_down_and_the_rest_goes_on(
-    calls_that_pass: int,
-    error: Exception,
-    status: str,
-    code: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_exception_of_a_provider_is_recorded_and_the_others_are_timed(
+    error: Exception, status: str, code: int, successes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, calls = providers.VICRegLoss, iter(range(calls_that_pass))
+    correct, calls = providers.VICRegLoss, iter(range(successes))
     monkeypatch.setattr(timing.Bench, "sets", lambda bench, size: 2)
 
     def raising(*args: Any, **kwargs: Any) -> providers.Losses:
-        losses = right(*args, **kwargs)
+        losses = correct(*args, **kwargs)
 
         def call(x: Tensor, y: Tensor) -> dict[str, Tensor]:
             if next(calls, None) is None:
@@ -221,142 +166,158 @@ def test_provider_that_raises_is_written_down_and_the_rest_goes_on(
         return call
 
     monkeypatch.setattr(providers, "VICRegLoss", raising)
-    assert main([*ARGUMENTS, str(tmp_path)]) == code
-    found = written(tmp_path)["cases"][0]["providers"]
-    entry = found["aten"]["modes"]["launch"] if calls_that_pass else found["aten"]
+    assert run_shapes(tmp_path, TINY) == code
+    entries = written(tmp_path)["cases"][0]["providers"]
+    entry = entries["aten"]["modes"]["launch"] if successes else entries["aten"]
     assert entry["status"] == status
     assert str(error) in entry["reason"]
     assert entry.get("both") is None
-    assert found["eager"]["modes"]["launch"]["both"]["median"] > 0
+    assert entries["eager"]["modes"]["launch"]["both"]["median"] > 0
 
 
-def test_case_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*args: Any) -> None:
-        raise RuntimeError("where it ends") from torch.OutOfMemoryError("CUDA out of memory")
-
-    def chained(*args: Any) -> None:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        finally:
-            no_memory()
-
-    monkeypatch.setattr(timing.Bench, "sets", chained)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    document = written(tmp_path)
-    assert document["complete"]
-    assert document["cases"][0]["status"] == "out of memory"
-    assert document["cases"][0]["providers"] == {}
-
-
-def test_no_memory_for_the_truth_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*args: Any) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-
-    monkeypatch.setattr(providers, "truth", no_memory)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    found = written(tmp_path)["cases"][0]["providers"]
-    assert [found[name]["status"] for name in ("eager", "aten")] == 2 * ["out of memory"]
-
-
-def test_no_memory_for_the_truth_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The frames of what was raised hold the tensors that were there already."""
-    case = VICReg("highest", N=4, D=8)
-    calls: list[int] = []
-
-    def no_memory(*args: Any) -> None:
-        calls.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(providers, "truth", no_memory)
-    truths: dict[Any, Any] = {}
-    provider = providers.Provider(providers.eager, None, providers.DROP_IN)
-    inputs = case.inputs(0, CPU)
-    for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError, match="float64 reference: CUDA out of memory"):
-            run._truth(truths, case, provider, inputs)
-    (kept,) = truths.values()
-    tb, names = kept.__traceback__, []
-    while tb is not None:
-        names.append(tb.tb_frame.f_code.co_name)
-        tb = tb.tb_next
-    assert "no_memory" not in names
-    assert len(calls) == 1
-
-
-def test_interruption_keeps_what_is_done(
+def test_wrong_provider_makes_the_exit_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    measure = run.measure
+    correct = providers.ours_of
 
-    def interrupted(case: Case, *args: Any, **kwargs: Any) -> None:
+    def wrong(*args: Any) -> providers.Losses:
+        losses = correct(*args)
+        return lambda x, y: {name: value * 1.01 for name, value in losses(x, y).items()}
+
+    monkeypatch.setattr(providers, "ours_of", wrong)
+    assert run_shapes(tmp_path, TINY) == 1
+    entries = written(tmp_path)["cases"][0]["providers"]
+    assert (entries["aten"]["status"], entries["aten"]["modes"]) == ("wrong", {})
+    assert entries["eager"]["modes"]["launch"]["status"] == "timed"
+    assert f"{TINY}: aten wrong: " in capsys.readouterr().out
+
+
+def test_failed_rank_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*args: Any, **kwargs: Any) -> None:
+        trace = "\n\n-- Process 0 terminated with the following error:\nTraceback:\n  x\n"
+        raise ProcessRaisedException(f"{trace}torch.OutOfMemoryError: CUDA out of memory\n", 0, 1)
+
+    monkeypatch.setattr(distributed.mp, "spawn", spawn)
+    assert run_shapes(tmp_path, "ranks-1024x256-highest") == 0
+    (case,) = written(tmp_path)["cases"]
+    assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
+
+
+class OtherRankFails(timing.Bench):
+    """The first of two ranks, whose second has no memory for any provider."""
+
+    def agree(self, value: Any) -> list[Any]:
+        return [value, ("out of memory", "CUDA out of memory")]
+
+
+def test_all_ranks_drop_a_provider_that_fails_on_one() -> None:
+    provider = providers.Provider(lambda x, y: providers.eager(providers.DROP_IN, x, y))
+    entry = measure.provider_record(provider)
+    inputs = NAMED[TINY].inputs(0, CPU)
+    assert measure.prepare(NAMED[TINY], provider, OtherRankFails(CPU), [inputs], {}, entry) == []
+    assert (entry["status"], entry["reason"]) == ("out of memory", "CUDA out of memory")
+
+
+def test_lost_device_ends_the_run_and_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def lost(bench: timing.Bench) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", lambda *args: patched.setattr(timing.Bench, "free", lost))
+        assert run_shapes(tmp_path, TINY, "8x16-highest") == 1
+    assert "illegal memory access" in capsys.readouterr().out
+    assert len(written(tmp_path)["cases"]) == 1
+    assert run_shapes(tmp_path, TINY, "8x16-highest") == 0
+    assert written(tmp_path)["complete"]
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_finished_shapes_and_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real = run.measure
+
+    def interrupted_at_tiny(case: Case, *args: Any) -> None:
         if case.name == TINY:
             raise KeyboardInterrupt
-        measure(case, *args, **kwargs)
+        real(case, *args)
 
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", interrupted_at_tiny)
+        assert run_shapes(tmp_path, TINY, "8x16-highest") == 130
+    first = written(tmp_path)
+    assert [case["name"] for case in first["cases"]] == ["8x16-highest"]
+    assert not first["complete"]
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+
+    assert run_shapes(tmp_path, TINY, "8x16-highest") == 0
+    assert "1 of 2 shapes are measured" in capsys.readouterr().out
+    second = written(tmp_path)
+    assert second["complete"]
+    assert [(case["name"], case["session"]) for case in second["cases"]] == [("8x16-highest", 0), (TINY, 1)]
+    assert second["cases"][0] == first["cases"][0]
+
+
+@pytest.mark.parametrize("what", ["shapes", "code", "driver", "card", "configuration", "library", "--fresh"])
+def test_another_run_is_not_continued(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "measure", interrupted)
-    arguments = ["run", "--device", "cpu", "--quick", "--out", str(tmp_path), "--shape", TINY, "8x16-highest"]
-    assert main(arguments) == 130
-    document = written(tmp_path)
-    assert [case["name"] for case in document["cases"]] == ["8x16-highest"]
-    assert not document["complete"]
-    assert document["sessions"][0]["clocks"]["after"] is not None
-    captured = capsys.readouterr()
-    assert "interrupted; the same command continues" in captured.err
-    assert "| 8x16-highest |" in captured.out
-
-    monkeypatch.setattr(run, "measure", measure)
-    assert main([*arguments[:-2], "8x16-highest", "33x31-highest"]) == 0  # another question: a file of its own
+    assert run_shapes(tmp_path, TINY) == 130
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    commit, about, clocks = machine.commit(tmp_path), machine.machine(CPU), machine.clocks(CPU)
+    if what == "code":
+        monkeypatch.setattr(machine, "commit", lambda out: commit | {"changes": "other"})
+    elif what == "driver":
+        monkeypatch.setattr(machine, "clocks", lambda device: clocks | {"driver": "1.2"})
+    elif what == "card":
+        monkeypatch.setattr(machine, "machine", lambda device: about | {"uuid": "GPU-1"})
+    elif what == "configuration":
+        monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
+    elif what == "library":
+        monkeypatch.setattr(libraries, "version", lambda package: "9.9")
+    options = ["8x16-highest"] if what == "shapes" else ["--fresh"] if what == "--fresh" else []
+    assert run_shapes(tmp_path, TINY, *options) == 130
     assert len(list(tmp_path.iterdir())) == 2
-    assert main(arguments) == 0
-    assert "1 of 2 shapes are there" in capsys.readouterr().out
-    assert len(list(tmp_path.iterdir())) == 2
-    continued = next(found for found in results.kept(tmp_path).values() if TINY in found["asked"]["shapes"])
-    assert continued["complete"]
-    assert [case["name"] for case in continued["cases"]] == ["8x16-highest", TINY]
-    assert [case["session"] for case in continued["cases"]] == [0, 1]
-    assert continued["cases"][0] == document["cases"][0]
+    assert path.read_bytes() == before
 
 
-def test_what_was_stopped_is_left_alone_where_it_is_of_other_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+def test_existing_files_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure", lambda *args: None)
+    assert run_shapes(tmp_path, TINY) == 0
+    (path,) = tmp_path.iterdir()
+    path.write_text("precious")
+    assert run_shapes(tmp_path, TINY) == 0
+    assert path.read_text() == "precious"
+    assert (tmp_path / f"{path.stem}-2.json").exists()
 
-    measure = run.measure
-    monkeypatch.setattr(run, "measure", interrupted)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 130
-    monkeypatch.setattr(run, "measure", measure)
-    commit = machine.commit()
-    monkeypatch.setattr(machine, "commit", lambda out: commit | {"changes": "another"})
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    monkeypatch.setattr(machine, "commit", lambda out: commit)
-    assert main([*ARGUMENTS, str(tmp_path), "--fresh"]) == 0
-    assert sorted(found["complete"] for found in results.kept(tmp_path).values()) == [False, True, True]
+
+# -- arguments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "cpu", "--shape", "1x1"], ["'1x1'", *NAMED]),
-        (
-            ["--device", "cpu", "--suite", "vicreg,bert"],
-            ["'bert'", "vicreg", "vicregl", "matching", "distributed"],
-        ),
-        (["--device", "cpu", "--suite", ""], ["''", "vicreg"]),
-        (["--device", "cpu", "--out", ""], ["--out", "''"]),
-        (["--device", "cpu", "--provider", "numpy"], ["'numpy'", *providers.names()]),
-        (["--device", "cpu", "--suite", "matching", "--shape", TINY], ["matching", "cpu"]),
-        (["--device", "cpu", "--provider", "bmm", "--shape", TINY], ["bmm", "eager", "aten"]),
+        (["--shape", "1x1"], ["'1x1'", *NAMED]),
+        (["--suite", "vicreg,bert"], ["'bert'", *SUITES]),
+        (["--suite", ""], ["''", "vicreg"]),
+        (["--out", ""], ["--out", "''"]),
+        (["--out", __file__], [__file__]),
+        (["--provider", "numpy"], ["'numpy'", *providers.names()]),
+        (["--suite", "matching", "--shape", TINY], ["matching", "cpu"]),
+        (["--provider", "bmm", "cdist", "--shape", TINY], ["bmm, cdist", "eager", "aten"]),
         (["--device", "cuda:99"], ["'cuda:99'", "only cpu"]),
-        (["--device", "nonsense"], ["'nonsense'", "only cpu"]),
     ],
+    ids=lambda value: "-".join(value)[:30] if value[0].startswith("-") else "",
 )
-def test_what_is_not_there_is_refused_with_what_is(
+def test_bad_argument_is_refused_with_what_is_available(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "--out", str(tmp_path), *arguments])
+        main([*ON_CPU, "--out", str(tmp_path), *arguments])
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     for word in words:
@@ -364,208 +325,50 @@ def test_what_is_not_there_is_refused_with_what_is(
     assert not list(tmp_path.iterdir())
 
 
-def test_result_that_is_there_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "measure", lambda *args, **kwargs: None)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
-    path.write_text("precious")
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    assert path.read_text() == "precious"
-    assert (tmp_path / f"{path.stem}-2.json").exists()
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
-        main([*ARGUMENTS, str(tmp_path / "file")])
-    assert "file" in capsys.readouterr().err
+def options(**given: Any) -> Namespace:
+    return Namespace(**({"suite": None, "shape": None, "provider": None, "quick": False} | given))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_what_a_device_measures(device: str) -> None:
-    everything = run.chosen(run.Options(), device)
-    assert {case.suite for case in everything} == {"vicreg", "vicregl", "matching", "distributed"}
+def test_default_shapes_of_a_device(device: str) -> None:
+    everything = run.chosen(options(), device)
+    assert {case.suite for case in everything} == set(SUITES)
     assert all(device in case.devices for case in everything)
-    quick = run.chosen(run.Options(quick=True), device)
-    assert {case.suite for case in quick} == {"vicreg", "vicregl", "matching", "distributed"}
-    assert {case.name for case in quick} <= {case.name for case in everything}
-    matching = run.chosen(run.Options(suites=["matching"]), device)
-    assert {case.suite for case in matching} == {"matching"}
+    few = run.chosen(options(quick=True), device)
+    assert {case.suite for case in few} == set(SUITES)
+    assert {case.name for case in few} <= {case.name for case in everything}
+    assert {case.suite for case in run.chosen(options(suite=["matching"]), device)} == {"matching"}
 
 
-def test_every_shape_of_real_use_is_there() -> None:
-    on_gpu = {case.name for case in run.chosen(run.Options(), "cuda")}
-    for N in (64, 128, 256, 512, 2048, 4096):
-        for D in (2048, 8192, 16384):
-            assert {f"{N}x{D}-{products}" for products in ("highest", "high", "bf16")} <= on_gpu
-    assert {"6528x512-bf16", "2600000x64-bf16", "vicregl-64x49x512-m20+4-bf16"} <= on_gpu
-
-
-def test_help_states_the_exit_status(capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["run", "--help"])
-    assert "exit status: 0" in capsys.readouterr().out
-
-
-def test_a_device_that_is_lost_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    measure, free = run.measure, timing.Bench.free
-
-    def breaking(case: Case, *args: Any, **kwargs: Any) -> None:
-        measure(case, *args, **kwargs)
-
-        def lost(bench: timing.Bench) -> None:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-        monkeypatch.setattr(timing.Bench, "free", lost)
-
-    monkeypatch.setattr(run, "measure", breaking)
-    arguments = ["run", "--device", "cpu", "--quick", "--out", str(tmp_path), "--shape", TINY, "8x16-highest"]
-    assert main(arguments) == 1
-    assert "illegal memory access" in capsys.readouterr().out
-    document = written(tmp_path)
-    assert not document["complete"]
-    assert len(document["cases"]) == 1
-    monkeypatch.setattr(timing.Bench, "free", free)
-    monkeypatch.setattr(run, "measure", measure)
-    assert main(arguments) == 0
-    assert written(tmp_path)["complete"]
-
-
-@pytest.mark.parametrize("what", ["driver", "card", "configuration"])
-def test_another_driver_card_or_configuration_is_another_question(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "measure", interrupted)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 130
-    about, clocks = machine.machine(CPU), machine.clocks(CPU)
-    if what == "driver":
-        monkeypatch.setattr(machine, "clocks", lambda device: clocks | {"driver": "1.2"})
-    elif what == "card":
-        monkeypatch.setattr(machine, "machine", lambda device: about | {"uuid": "GPU-1"})
-    else:
-        monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
-    assert main([*ARGUMENTS, str(tmp_path)]) == 130
-    assert len(list(tmp_path.iterdir())) == 2
-    assert main([*ARGUMENTS, str(tmp_path)]) == 130  # the second goes on
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_file_that_another_process_writes_is_left_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def second(*args: Any, **kwargs: Any) -> None:
-        if len(list(tmp_path.glob("*.json"))) == 1:
-            assert main([*ARGUMENTS, str(tmp_path)]) == 0
-
-    monkeypatch.setattr(run, "measure", second)
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    assert [len(found["sessions"]) for found in results.kept(tmp_path).values()] == [1, 1]
-    assert not list(tmp_path.glob("*.lock"))
-    assert results.hold(tmp_path / "absent" / "a.json") is None  # nor is a file held that cannot be written
-
-
-def test_shapes_and_providers_add_up_and_what_none_computes_is_told(tmp_path: Path, capsys: Capture) -> None:
-    options = ["--shape", TINY, "--shape", "ranks-256x2048-highest", "--provider", "cdist", "--provider", "bmm"]
-    with pytest.raises(SystemExit):
-        main(["run", "--device", "cpu", "--quick", "--out", str(tmp_path), *options])
-    assert "no provider cdist, bmm" in capsys.readouterr().err
-    options = [
-        "--shape",
-        TINY,
-        "--shape",
-        "ranks-256x2048-highest",
-        "--provider",
-        "compile",
-        "--provider",
-        "triton",
-    ]
-    assert main(["run", "--device", "cpu", "--quick", "--out", str(tmp_path), *options[:-1], "lightly"]) == 0
+def test_shape_without_a_requested_provider_is_named(tmp_path: Path, capsys: Capture) -> None:
+    assert run_shapes(tmp_path, TINY, "ranks-256x2048-highest", "--provider", "lightly") == 0
     out = capsys.readouterr().out
-    assert "ranks-256x2048-highest: of the providers asked for, none computes it" in out
-    assert written(tmp_path)["asked"]["providers"] == ["compile", "lightly"]
-
-
-def test_who_is_not_there_is_named(tmp_path: Path, capsys: Capture) -> None:
-    assert main([*ARGUMENTS, str(tmp_path), "--provider", "triton"]) == 0
-    out = capsys.readouterr().out
+    assert "ranks-256x2048-highest: none of the requested providers computes it" in out
     assert "Nothing was timed." in out
-    assert "not measured: triton: " in out
 
 
-def test_ctrl_c_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def interrupted(options: Any) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "run", interrupted)
-    assert main(["run"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_a_folder_that_was_cleared_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "measure", lambda *args, **kwargs: shutil.rmtree(tmp_path / "out"))
-    assert main([*ARGUMENTS, str(tmp_path / "out")]) == 0
-    assert written(tmp_path / "out")["complete"]
-
-
-def test_a_library_that_came_since_is_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "measure", interrupted)
-        assert main([*ARGUMENTS, str(tmp_path)]) == 130
-    monkeypatch.setattr(libraries, "version", lambda name: "9.9")
-    monkeypatch.setattr(libraries, "find", lambda *args: "not really")
-    assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_no_compilation_begins_that_may_not_end_in_time(
+def test_compilation_is_skipped_where_too_little_time_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late: dict[float, bool] = {}
-    monkeypatch.setattr(run, "measure", lambda *args: late.update({run._BUDGET["cpu"][1]: args[-2]}))
-    for seconds in (30.0, 40.0):  # and a shape may take two
+    skipped: list[bool] = []
+    monkeypatch.setattr(run, "measure", lambda *args: skipped.append(args[-2]))
+    for seconds in (30.0, 40.0):  # torch.compile takes up to 30 s, and the shape 2 s
         monkeypatch.setattr(run, "_BUDGET", {"cpu": (0.0, seconds)})
-        assert main([*ARGUMENTS, str(tmp_path)]) == 0
-    assert late == {30.0: True, 40.0: False}
-
-
-def test_what_is_late_is_not_compiled() -> None:
+        assert run_shapes(tmp_path, TINY) == 0
+    assert skipped == [True, False]
     case = next(case for case in CASES if case.compiled)
-    found = dict(providers.providers(case, CPU, late=True))
-    assert "no time is left" in str(found["compile"].reason)
-    assert found["eager"].losses is not None
+    assert "no time is left" in str(dict(providers.providers(case, CPU, skip_compile=True))["compile"].reason)
 
 
-def test_a_wrong_backend_is_not_replaced_by_the_other() -> None:
-    modes = {"graph": {"both": {"median": 1.0}}}
-    record: dict[str, Any] = {"suite": "vicreg", "providers": {"aten": {"status": "right", "modes": modes}}}
-    assert report.ours(record, "graph") == "aten"
-    record["providers"]["triton"] = {"status": "unavailable", "modes": {}}
-    assert report.ours(record, "graph") == "aten"
-    record["providers"]["triton"] = {"status": "wrong", "modes": {}}
-    assert report.ours(record, "graph") is None
+def test_failed_backend_is_not_replaced_by_the_other() -> None:
+    timed = {"status": "right", "modes": {"graph": {"both": {"median": 1.0}}}}
+    record: dict[str, Any] = {"suite": "vicreg", "providers": {"aten": timed}}
+    for status, ours in (("unavailable", "aten"), ("wrong", None)):
+        record["providers"]["triton"] = {"status": status, "modes": {}}
+        assert targets.ours(record, "graph") == ours
 
 
-def test_a_failing_rank_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spawn(*args: Any, **kwargs: Any) -> None:
-        trace = "\n\n-- Process 0 terminated with the following error:\nTraceback:\n  x\n"
-        raise ProcessRaisedException(f"{trace}torch.OutOfMemoryError: CUDA out of memory\n", 0, 1)
-
-    monkeypatch.setattr(distributed.mp, "spawn", spawn)
-    name = "ranks-1024x256-highest"
-    assert main(["run", "--device", "cpu", "--quick", "--shape", name, "--out", str(tmp_path)]) == 0
-    (case,) = written(tmp_path)["cases"]
-    assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
-
-
-# Under pytest-benchmark
+# -- pytest-benchmark ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -574,83 +377,74 @@ def test_pytest_collects_every_provider_of_every_shape(device: str) -> None:
     config = SimpleNamespace(stash={DEVICE: torch.device(device)})
     metafunc = SimpleNamespace(config=config, parametrize=lambda names, values: found.extend(values))
     test_speed.pytest_generate_tests(metafunc)  # type: ignore[arg-type]
-    assert len({value.id for value in found}) == len(found)
-    there = {(value.values[0].name, value.values[1], value.values[2]) for value in found}
-    for case in run.chosen(run.Options(), device):
-        for name in () if isinstance(case, distributed.Distributed) else providers.names_of(case):
-            for part in case.parts:
-                assert ((case.name, name, part) in there) == (name != "compile" or case.compiled)
+    expected = {
+        f"{case.name}-{part}-{name}"
+        for case in run.chosen(options(), device)
+        for name in providers.names_of(case)
+        for part in case.parts
+        if case.suite != "distributed" and (name != "compile" or case.compiled)
+    }
+    assert sorted(value.id for value in found) == sorted(expected)
 
 
-def test_pytest_writes_groups_and_what_they_are(tmp_path: Path) -> None:
+def test_pytest_times_a_group_for_each_part(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_speed.py"]
-    options = [
+    command += [
         "--device",
         "cpu",
         "-k",
         "8x16-highest and (eager or aten)",
         f"--benchmark-json={tmp_path / 'a.json'}",
     ]
-    # Not as a part of the run that this test is in.
+    # Without the variables of the run that this test is in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    ran = subprocess.run(
-        [*command, *options], cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
     assert {b["group"] for b in found} == {f"8x16-highest, {part}" for part in ("forward", "backward", "both")}
     assert [b["extra_info"]["provider"] for b in found] == ["eager"] * 3 + ["aten"] * 3
-    assert all(b["stats"]["median"] > 0 and b["extra_info"]["shape"] == {"N": 8, "D": 16} for b in found)
+    assert all(b["stats"]["median"] > 0 for b in found)
 
 
-# Machine
+# -- machine ------------------------------------------------------------------------------------------------------
 
 
 def test_missing_tools_are_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
-    clocks = machine.clocks(torch.device("cuda:0"))
+    clocks, commit = machine.clocks(torch.device("cuda:0")), machine.commit()
     assert "nvidia-smi" in clocks.pop("reason")
-    assert set(clocks.values()) == {None}
-    commit = machine.commit()
-    assert commit["commit"] is None
-    assert "git" in commit["reason"]
+    assert "git" in commit.pop("reason")
+    assert set(clocks.values()) | set(commit.values()) == {None}
 
 
-def test_a_device_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda.set_device takes no other."""
+def test_devices_have_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "devices", lambda: {"cpu": "a", "cuda:0": "b", "cuda:1": "c"})
-    found = {name: machine.device(name) for name in (None, "cuda", "cuda:1", "cpu")}
-    assert [str(device) for device in found.values()] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
-    assert torch.cuda._utils._get_device_index(found["cuda"]) == 0  # type: ignore[attr-defined]
+    names = [str(machine.device(name)) for name in (None, "cuda", "cuda:1", "cpu")]
+    assert names == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
 
 
-def test_files_that_git_does_not_know_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_hashes_changes_but_not_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
     for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "first")):
         subprocess.run([*git, *command], check=True)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    seen = [machine.commit()]
+    hashes = [machine.commit()["changes"]]
     for text in ("a", "b"):
         (tmp_path / "new.py").write_text(text)
-        seen.append(machine.commit())
-    assert [found["dirty"] for found in seen] == [False, True, True]
-    assert len({found["changes"] for found in seen}) == 3
-    for folder in (tmp_path, tmp_path / "results"):  # where results are written they are no changes
-        (tmp_path / "new.py").unlink(missing_ok=True)
-        folder.mkdir(exist_ok=True)
-        (folder / "a.json").touch()
-        assert machine.commit(folder)["dirty"] is False
-        assert machine.commit()["dirty"] is True
-        (folder / "a.json").unlink()
+        hashes.append(machine.commit()["changes"])
+    assert hashes[0] is None
+    assert len(set(hashes)) == 3
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "a.json").touch()
+    assert machine.commit(tmp_path)["dirty"] is False
+    assert machine.commit()["dirty"] is True
 
 
-def test_a_line_of_nvidia_smi() -> None:
-    assert machine._parsed("580.159.04, 1980, 2619, 121.5, 700.00, [N/A]") == {
-        "driver": "580.159.04",
-        "sm_clock_mhz": 1980.0,
-        "memory_clock_mhz": 2619.0,
-        "power_w": 121.5,
-        "power_limit_w": 700.0,
-        "temperature_c": None,
-    }
+def test_line_of_nvidia_smi_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    monkeypatch.setattr(machine, "_output", lambda *command: "580.159.04, 1980, 2619, 121.5, 700.00, [N/A]\n")
+    clocks = machine.clocks(torch.device("cuda:0"))
+    assert list(clocks.values()) == ["580.159.04", 1980.0, 2619.0, 121.5, 700.0, None, None]

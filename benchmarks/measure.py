@@ -1,0 +1,213 @@
+"""Measures one shape: judges, warms up and times its providers.  ``run`` and ``test_speed.py`` both come here.
+
+Every result is written into an entry that ``results/schema.json`` describes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from . import gate, graphs, providers, timing
+from .cases import PARTS, Case, Inputs
+from .libraries import Definition
+from .providers import Provider
+from .timing import Bench, Effort, Run, Step, Times, tensor_bytes
+
+Record = dict[str, Any]
+Truths = dict[Definition, gate.Evaluation | Exception]  # the float64 answer by definition
+# The CPU allocator raises a plain RuntimeError; so do the driver, when it builds a graph, Triton and cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def provider_record(provider: Provider) -> Record:
+    """The entry of a provider before it is judged."""
+    status = "unavailable" if provider.losses is None else "right"
+    record = {
+        "status": status,
+        "reason": provider.reason,
+        "definition": provider.definition._asdict(),
+        "errors": None,
+    }
+    return record | {"peak_bytes": dict.fromkeys(PARTS), "modes": {}}
+
+
+def mode_record(mode: str, provider: Record) -> Record:
+    """The entry of a provider's mode, added where there is none."""
+    keys = ("status", "reason", "rounds", *PARTS, "host")
+    entry: Record = provider["modes"].setdefault(mode, dict.fromkeys(keys))
+    return entry
+
+
+@contextmanager
+def recorded(entry: Record) -> Iterator[None]:
+    """Write an exception into the entry and continue after the block."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        # The message of a failed rank ends with the rank's own exception.
+        line = lines[-1 if isinstance(error, ProcessRaisedException) else 0].strip()
+        if _is_out_of_memory(error):
+            entry.update(status="out of memory", reason=line)
+        else:
+            entry.update(status="error", reason=f"{type(error).__name__}: {line}")
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    # A capture that runs out of memory raises a second exception where it ends: the first is its context.
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+            w in str(error) for w in _OUT_OF_MEMORY
+        ):
+            return True
+        error = error.__context__
+    return False
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the values that 20 % and 80 % of the rounds do not exceed."""
+    return dict(zip(("q20", "median", "q80"), np.quantile(values, (0.2, 0.5, 0.8)).tolist(), strict=True))
+
+
+def write_times(entry: Record, rounds: Sequence[Mapping[str, Times]], with_host: bool) -> None:
+    """Write the quantiles of every part.  On a CPU the host's time is the device's."""
+    entry.update(status="timed", rounds=len(rounds), host=dict.fromkeys(PARTS) if with_host else None)
+    for part in rounds[0]:
+        entry[part] = quantiles([times[part].device for times in rounds])
+        if with_host:
+            entry["host"][part] = quantiles([times[part].host for times in rounds])
+
+
+def prepare(
+    case: Case, provider: Provider, bench: Bench, sets: Sequence[Inputs], truths: Truths, entry: Record
+) -> list[Step]:
+    """Judge a provider on the first set, warm it up on all sets, and measure its memory.
+
+    Returns no step where it cannot be timed; ``entry`` then has the status and the reason.
+    """
+    if provider.losses is None:
+        return []
+    errors: dict[str, float] = {}
+    with recorded(entry):
+        exact = _truth(truths, case, provider.definition, sets[0], bench)
+        bench.free()
+        errors = gate.errors(gate.evaluate(case, provider.losses, sets[0]), exact)
+    # All ranks need one verdict: a rank that went on alone would wait for the others.
+    failed = [
+        (status, reason)
+        for status, reason in bench.agree((entry["status"], entry["reason"]))
+        if status != "right"
+    ]
+    if failed:
+        entry["status"], entry["reason"] = min(failed)  # "error" before "out of memory"
+        return []
+    errors = dict(zip(errors, bench.largest(list(errors.values())), strict=True))
+    entry["errors"] = {what: error if math.isfinite(error) else None for what, error in errors.items()}
+    if reason := gate.wrong(errors, gate.BOUNDS[case.matmul]):
+        entry.update(status="wrong", reason=reason)
+        return []
+    with _guard(bench, entry):
+        steps = [Step(provider.losses, inputs) for inputs in sets]
+        entry["peak_bytes"].update(steps[0].peak_bytes(bench.peak_bytes))
+        return steps
+    return []
+
+
+def _guard(bench: Bench, entry: Record) -> AbstractContextManager[None]:
+    """Record exceptions.  Of several ranks one that raised ends them all, or the others would wait for it."""
+    return recorded(entry) if bench.ranks == 1 else nullcontext()
+
+
+def _truth(truths: Truths, case: Case, definition: Definition, inputs: Inputs, bench: Bench) -> gate.Evaluation:
+    """The float64 answer of a definition.  One that fails is not tried again."""
+    if definition not in truths:
+        try:
+            truths[definition] = bench.truth(case, definition, inputs)
+        except Exception as error:
+            error.args = (f"float64 reference: {error}",)
+            # Without its traceback, whose frames hold the tensors that filled the memory.
+            truths[definition] = error.with_traceback(None)
+    exact = truths[definition]
+    if isinstance(exact, Exception):
+        raise exact
+    return exact
+
+
+def measure(
+    case: Case, record: Record, bench: Bench, effort: Effort, only: Sequence[str] | None = None,
+    skip_compile: bool = False, progress: Callable[[str], None] = lambda activity: None,
+) -> None:  # fmt: skip
+    """Judge and time every provider of a shape.  Fills ``record``."""
+    bench.free()
+    sets = [case.inputs(bench.rank, bench.device)]
+    seeds = range(bench.rank + bench.ranks, bench.ranks * bench.sets(tensor_bytes(*sets[0])), bench.ranks)
+    sets += [case.inputs(seed, bench.device) for seed in seeds]
+    truths: Truths = {}
+    steps: dict[str, list[Step]] = {}
+    for name, provider in providers.providers(case, bench.device, only, skip_compile):
+        progress(f"judging {name}")
+        entry = record["providers"][name] = provider_record(provider)
+        if ready := prepare(case, provider, bench, sets, truths, entry):
+            steps[name] = ready
+    progress("timing")
+    _time(
+        "launch", {name: timing.launched(bench, ready) for name, ready in steps.items()}, record, bench, effort
+    )
+    if bench.on_gpu and bench.ranks == 1:
+        # After the launches: a capture empties the cache of memory that they draw on.
+        captured = {name: _captured(case, name, ready, truths, bench, record) for name, ready in steps.items()}
+        progress("timing graphs")
+        runs = {name: graphs.replayed(bench, found) for name, found in captured.items() if found}
+        _time("graph", runs, record, bench, effort)
+
+
+def _time(mode: str, runs: Mapping[str, Run], record: Record, bench: Bench, effort: Effort) -> None:
+    entries = {name: mode_record(mode, record["providers"][name]) for name in runs}
+    times = timing.interleaved(
+        runs, effort, lambda name: _guard(bench, entries[name]), lambda over: bool(bench.agree(over)[0])
+    )  # the first rank's clock decides for all
+    for name, rounds in times.items():
+        write_times(entries[name], rounds, bench.on_gpu and bench.ranks == 1)
+
+
+def _captured(
+    case: Case, name: str, steps: Sequence[Step], truths: Truths, bench: Bench, record: Record
+) -> list[graphs.Graphs]:
+    """Judged graphs of every set, each replayed once, because the first replay takes longer.
+
+    None, with the reason in the record, where one is wrong or cannot be captured.  The graphs of the first set are judged
+    against float64, those of the others against the step without a graph.
+    """
+    provider, captured = record["providers"][name], []
+    launch, entry = provider["modes"]["launch"], mode_record("graph", provider)
+    if launch["status"] != "timed":
+        entry.update(status=launch["status"], reason=launch["reason"])
+        return []
+    with recorded(entry), timing.collected():
+        pool, exact = (
+            torch.cuda.graph_pool_handle(),
+            _truth(truths, case, Definition(**provider["definition"]), (), bench),
+        )
+        for index, step in enumerate(steps):
+            if index > 0:
+                step.both()
+                exact = gate.evaluation(case, step.inputs, step.results, step.gradients)
+                step.clear()
+            graph = graphs.Graphs(step, pool, bench.stream)
+            for outputs in graph.replayed():
+                errors = gate.errors(gate.evaluation(case, step.inputs, *outputs), exact)
+                if reason := gate.wrong(errors, gate.BOUNDS[case.matmul]):
+                    entry.update(status="wrong", reason=reason)
+                    return []
+            graph.forget()
+            captured.append(graph)
+        return captured
+    # Other code may wait for the host, as a boolean mask does, and cannot be captured.  In vicreg_fast that is an error.
+    if entry["status"] == "error" and not (name in providers.OURS or name.startswith(providers.AS)):
+        entry["status"] = "not captured"
+    return []

@@ -1,0 +1,170 @@
+"""A shape's record: its roofline bound, vicreg_fast's time against the targets, and all times as one pandas table."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from . import gate
+from .cases import PARTS, Case
+from .measure import Record
+from .providers import OURS, PROVIDERS
+
+MODES = ("graph", "launch")
+
+
+def roofline(case: Case, ceilings: Mapping[str, Any], devices: int = 1) -> dict[str, Any]:
+    """By part: operations, bytes, and the larger of the times that the ceilings of all devices allow for them."""
+    bounds: dict[str, Any] = {}
+    for part, operations in case.operations.items():
+        rates, traffic = ceilings["operations_per_s"], case.bytes()[part]
+        arithmetic = sum(count / rates[matmul] for matmul, count in operations.items()) / devices
+        copying = traffic / ceilings["copy_bytes_per_s"] / devices
+        bound, by = max((copying, "bytes"), (arithmetic, "operations"))
+        bounds[part] = {"operations": operations.total(), "bytes": traffic, "seconds": bound, "bound_by": by}
+    return bounds
+
+
+def shape_record(case: Case, ceilings: Mapping[str, Any], session: int) -> Record:
+    """The entry of a shape before it is measured."""
+    return {
+        "name": case.name,
+        "suite": case.suite,
+        "title": case.title,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "precision": case.precision,
+        "bound": gate.BOUNDS[case.matmul],
+        "samples": case.samples,
+        "session": session,
+        "status": "measured",
+        "reason": None,
+        "seconds": None,
+        "floor": roofline(case, ceilings),
+        "providers": {},
+        "targets": {},
+    }
+
+
+def failures(record: Record) -> Iterator[str]:
+    """A line for everything that was wrong or raised.  Too little memory or a missing provider is no failure."""
+    entries = {"": record}
+    for name, provider in record["providers"].items():
+        entries |= {name: provider} | {f"{name}, {mode}": entry for mode, entry in provider["modes"].items()}
+    for name, entry in entries.items():
+        if entry["status"] in ("wrong", "error"):
+            yield f"{name} {entry['status']}: {entry['reason']}".lstrip()
+
+
+def part_of(record: Record) -> str:
+    """The part that a shape is compared by: its longest."""
+    return "forward" if record["suite"] == "matching" else "both"
+
+
+def seconds(record: Record, name: str | None, mode: str) -> float | None:
+    """A provider's median; None where it was not timed."""
+    modes = record["providers"].get(name, {"modes": {}})["modes"]
+    quantiles = modes.get(mode, {}).get(part_of(record))
+    return None if quantiles is None else float(quantiles["median"])
+
+
+def ours(record: Record, mode: str) -> str | None:
+    """The backend that "auto" selects, if it was timed.  A failed backend is not replaced by the other."""
+    available = (
+        name
+        for name in OURS
+        if record["providers"].get(name, {"status": "unavailable"})["status"] != "unavailable"
+    )
+    name = next(available, None)
+    return None if seconds(record, name, mode) is None else name
+
+
+def modes_of(record: Record) -> list[str]:
+    """The modes in which any provider was timed."""
+    return [
+        mode for mode in MODES if any(mode in provider["modes"] for provider in record["providers"].values())
+    ]
+
+
+def mode_of(document: Mapping[str, Any]) -> str:
+    """The mode in which a result is compared: graphs, where the device has them."""
+    return "graph" if any("graph" in modes_of(record) for record in document["cases"]) else "launch"
+
+
+def judge(case: Case, record: Record, device: str) -> dict[str, Any]:
+    """By mode and provider: the target ("asked"), the measured speed-up ("found") and whether it suffices ("met").
+
+    "floor" is the share of the roofline bound.  Where there is a graph, a launch has no such target.
+    """
+    goals, modes = case.targets_on(device), modes_of(record)
+    verdicts: dict[str, Any] = {mode: {} for mode in modes}
+    for mode in modes:
+        us = ours(record, mode)
+        mine = seconds(record, us, mode)
+        theirs = {
+            name: seconds(record, name, mode)
+            for name in PROVIDERS
+            if name in record["providers"] and name != us
+        }
+        theirs["floor"] = record["floor"][part_of(record)]["seconds"]
+        for name, other in theirs.items():
+            found = None if mine is None or other is None else other / mine
+            asked = None if name == "floor" and mode != modes[0] else goals.get(name)
+            met = None if found is None or asked is None else found >= asked
+            verdicts[mode][name] = {"asked": asked, "found": found, "met": met}
+    return verdicts
+
+
+_COLUMNS = {
+    "suite": object,
+    "shape": object,
+    "provider": object,
+    "mode": object,
+    "status": object,
+    "reason": object,
+}
+_COLUMNS |= dict.fromkeys(("has target", "ours"), bool) | dict.fromkeys(PARTS, object)
+_COLUMNS |= dict.fromkeys(
+    ("samples", "bytes", "operations", "bound", "q20", "median", "q80", "host", "peak", "rounds"), float
+)
+
+
+def frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for every provider of every shape in every mode; mode "" where the provider was not timed at all."""
+    rows = []
+    for record in document["cases"]:
+        part, bound = part_of(record), record["floor"][part_of(record)]
+        shape = {
+            "suite": record["suite"],
+            "shape": record["name"],
+            "samples": record["samples"],
+            "bound": bound["seconds"],
+        }
+        shape |= {"bytes": bound["bytes"], "operations": bound["operations"]}
+        eager = [verdicts.get("eager", {}).get("asked") or 0 for verdicts in record["targets"].values()]
+        shape["has target"] = max(eager, default=0) > 1  # more than eager code's speed
+        for name, provider in record["providers"].items():
+            for mode, entry in (provider["modes"] or {"": provider}).items():
+                row = shape | {"provider": name, "mode": mode, "ours": name == ours(record, mode)}
+                row |= {key: entry.get(key) for key in ("status", "reason", "rounds", *PARTS)}
+                row |= {"peak": provider["peak_bytes"][part], **(entry.get(part) or {})}
+                row["host"] = ((entry.get("host") or {}).get(part) or {}).get("median")
+                rows.append(row)
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as s, ms or µs."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            break
+    value = seconds * scale
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def size(count: float) -> str:
+    """Bytes as B, KiB, MiB or GiB."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(count) >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
