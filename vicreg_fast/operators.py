@@ -70,7 +70,9 @@ def _terms_of(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor]
 
 
 def _match_of(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
-    matches: Matches = backends.module(backend).match((queries, candidates), (), (num_matches,), "distance", False)
+    matches: Matches = backends.module(backend).match(
+        (queries, candidates), (), (num_matches,), "distance", False
+    )
     return matches.match_index.view(2, queries.shape[0], num_matches)
 
 

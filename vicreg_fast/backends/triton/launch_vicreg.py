@@ -85,7 +85,9 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
     V, P, N, D = group.V, group.P, group.N, group.D
     moments, M, operand = map(_or_none, kept)
-    if group.match_index is not None and moments is None:  # the gram kernel centres gathered rows with the moments
+    if (
+        group.match_index is not None and moments is None
+    ):  # the gram kernel centres gathered rows with the moments
         moments = group.empty(4, P, V, D)
     elif group.match_index is None and operand is None:
         operand = group.empty(V, P, N, D, dtype=matmul.dtype)
@@ -196,7 +198,9 @@ def gradient(
     config: Gradient = choose(key)
     inv, var, cov = upstream
     x, y = (
-        group.empty(group.pairs, P, N, D, dtype=torch.float32 if group.match_index is not None else source.ptr.dtype)
+        group.empty(
+            group.pairs, P, N, D, dtype=torch.float32 if group.match_index is not None else source.ptr.dtype
+        )
         if need
         else None
         for source, need in zip((group.views.x, group.views.y), [*needs, False][:2], strict=True)
