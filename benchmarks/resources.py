@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that need not be present, and prints its registers, shared memory and opcodes.
 
-What is compiled is what the library launches: its launchers run on tensors without data, as if on the target, and each launch
-is recorded instead of made.  A variant has a defect if it spills, exceeds the target's shared memory, does not use the tensor
+The launchers run on tensors without data, as if on the target.  Each launch is recorded instead of made, so the variants are
+those that the library launches.  A variant has a defect if it spills, exceeds the target's shared memory, does not use the tensor
 cores, or has offsets that are not 64-bit.
 """
 
@@ -95,7 +95,7 @@ _POINTERS = {
 }
 
 
-Path_ = tuple[int, ...]  # of a kernel's argument: its position, and positions within NamedTuples
+ArgumentPath = tuple[int, ...]  # of a kernel's argument: its position, and positions within NamedTuples
 
 
 class Variant(NamedTuple):
@@ -103,8 +103,8 @@ class Variant(NamedTuple):
 
     kernel: Any
     signature: dict[str, Any]  # of a NamedTuple: a NamedTuple of its members' types
-    constants: dict[Path_, Any]
-    aligned: tuple[Path_, ...]  # arguments that are multiples of 16
+    constants: dict[ArgumentPath, Any]
+    aligned: tuple[ArgumentPath, ...]  # arguments that are multiples of 16
     options: dict[str, Any]
 
     def key(self) -> str:
@@ -126,8 +126,8 @@ class Variant(NamedTuple):
             if k.isupper() and v and not k.startswith("BLOCK") and not k.endswith(("_TYPE", "PRECISION"))
         ]
         flags += [f"no {k.removesuffix('_ptr')}" for k, v in named.items() if v is None]
-        sources = [v for k, v in self.signature.items() if k in ("views", "x")]
-        inputs = str(sources[0][0] if sources else "").replace("Source", "").partition(",")[0].strip("(ptr='*")
+        pointers = [members[0] for name, members in self.signature.items() if name in ("views", "x")]
+        inputs = pointers[0].strip("*") if pointers else ""
         name = self.kernel.__name__.strip("_").replace("_kernel", "").replace("_forward", "")
         options = f"w{self.options['num_warps']}s{self.options.get('num_stages', '')}"
         return f"{name} {inputs} {'x'.join(map(str, blocks))} {options} {' '.join(flags)}"
@@ -153,10 +153,10 @@ def device_of(target: str) -> configs.Device:
 
 def _variant(kernel: Any, keywords: dict[str, Any]) -> Variant:
     """What Triton would compile for a launch: by each argument's type, and whether it is 1 or a multiple of 16."""
-    constants: dict[Path_, Any] = {}
-    aligned: list[Path_] = []
+    constants: dict[ArgumentPath, Any] = {}
+    aligned: list[ArgumentPath] = []
 
-    def describe(value: Any, path: Path_, specialize: bool) -> Any:
+    def describe(value: Any, path: ArgumentPath, specialize: bool) -> Any:
         if isinstance(value, tuple):
             return type(value)(*(describe(v, (*path, k), specialize) for k, v in enumerate(value)))
         if isinstance(value, Tensor):
@@ -193,7 +193,8 @@ def _run(plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     results = triton_backend.terms(plan, sources, None if index is None else Matches(index))
     if plan.save_for_backward:
         upstream = results[:3]
-        for needs in ([True] * len(sources), [True] + [False] * (len(sources) - 1)):
+        alone = [[k == which for k in range(len(sources))] for which in range(len(sources))]
+        for needs in ([True] * len(sources), *alone):
             triton_backend.gradient(plan, sources, index, results[plan.outputs :], upstream, needs)
 
 
@@ -227,7 +228,7 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
 
 def variants(target: str) -> Iterator[Variant]:
     """Every different variant that the library launches on a target, for SHAPES, types, precisions and kinds of views."""
-    gpu = device_of(target)
+    device = device_of(target)
     seen: dict[str, Variant] = {}
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -239,7 +240,7 @@ def variants(target: str) -> Iterator[Variant]:
     with (
         FakeTensorMode(),
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(configs, "device_of", return_value=gpu),
+        mock.patch.object(configs, "device_of", return_value=device),
         mock.patch.object(arguments, "on_device", return_value=nullcontext()),
         # No kernel, and not for tensors without data.
         mock.patch.object(launch_matching, "_sort_by_query", return_value=None),
@@ -268,12 +269,12 @@ def variants(target: str) -> Iterator[Variant]:
 def examine(variant: Variant, target: str) -> Resources:
     """Compile a variant and look at what came out."""
     backend, arch = target.split(":")
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    gpu_target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     attributes = {path: [["tt.divisibility", 16]] for path in variant.aligned}
     source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=variant.options)
-    threads = variant.options["num_warps"] * gpu.warp_size
-    limit, of_sm = SHARED_MEMORY[target]
+    compiled = triton.compile(source, target=gpu_target, options=variant.options)
+    threads = variant.options["num_warps"] * gpu_target.warp_size
+    limit, per_sm = SHARED_MEMORY[target]
     if backend == "cuda":
         text = _disassembly(compiled)
         registers = int(re.findall(r"REG:(\d+)", text)[0])
@@ -289,7 +290,7 @@ def examine(variant: Variant, target: str) -> Resources:
         # Four SIMD units, each with 512 registers a lane.
         ctas_per_sm = 4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
     distinct = tuple(sorted(set(opcodes)))
-    ctas_per_sm = max(1, min(ctas_per_sm, of_sm // (compiled.metadata.shared + 1024)))
+    ctas_per_sm = max(1, min(ctas_per_sm, per_sm // (compiled.metadata.shared + 1024)))
     defects = []
     if spilled:
         defects.append(f"{spilled} bytes spilled")

@@ -1,7 +1,8 @@
 """Epilogues: what is done with a finished tile of M, and how the last program turns partial sums into the terms.
 
     tile     M and its mirror image are stored, rounded, for the backward pass; the tile's share of sum M^2 is returned
-    terms    inv, var, cov = (sum M^2 - [dual] sum vhat^2), each times its scale, and their sum
+    terms    inv = scale * sum (x - y)^2, var = scale * sum of the hinge, cov = scale * (sum M^2 - [dual] sum vhat^2);
+             then their sum
 
 Letters and buffers: docs/notation.md.  Scales: vicreg_fast/scales.py.
 """

@@ -39,6 +39,12 @@ def to_storage(operand, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def undo_halves(acc, FORMAT: tl.constexpr):
+    """A matmul of stored operands as one of operands: float16 stores halves."""
+    return acc * 4.0 if FORMAT == "fp16" else acc
+
+
+@triton.jit
 def round_matrix(M, FORMAT: tl.constexpr):
     """M rounded for the backward matmul.  float16 lacks the range for it; TF32 has float16's mantissa."""
     return round_to_format(M, "tf32" if FORMAT == "fp16" else FORMAT)
@@ -48,6 +54,21 @@ def round_matrix(M, FORMAT: tl.constexpr):
 def relu_propagating_nan(t):
     """relu that keeps NaN; tl.maximum(NaN, 0) on a GPU is 0."""
     return tl.where(t < 0.0, 0.0, t)
+
+
+@triton.jit
+def hinge_of(std, gamma, eps):
+    """relu(gamma - sqrt(std^2 + eps)) of each column."""
+    return relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+
+
+@triton.jit
+def hinge_slope(std, gamma, eps, factor):
+    """factor / s where 0 < s < gamma, else 0; s = sqrt(std^2 + eps)."""
+    if eps > 0:
+        std = tl.sqrt_rn(std * std + eps)
+    active = (std < gamma) & (std > 0.0)
+    return tl.where(active, factor / tl.where(active, std, 1.0), 0.0)
 
 
 @triton.jit

@@ -45,7 +45,7 @@ class Nearest(NamedTuple):
 
 @triton.jit
 def ordered(d):
-    """Distances with NaN at infinity and infinity at the largest number: a total order."""
+    """Distances with NaN replaced by infinity, and infinity by the largest finite number: a total order."""
     largest: tl.constexpr = 3.4028234663852886e38 if d.dtype == tl.float32 else 1.7976931348623157e308
     return tl.where(d == d, tl.minimum(d, largest), float("inf"))
 
@@ -98,7 +98,7 @@ def _feature_tile(
         c_norm += tl.sum(wide_c * wide_c, 1)
         product = tl.dot(q_k, tl.trans(c_k), product, input_precision=DOT_PRECISION)
     norms = q_norm[:, None] + c_norm[None, :]
-    # A patch whose norm is infinite or NaN is that far from every other patch.  Its products would not say which.
+    # A patch whose squared norm is infinite or NaN has that distance to every patch.  The matmul could turn infinity into NaN.
     return tl.where(norms < float("inf"), norms - 2.0 * product, norms)
 
 
@@ -174,6 +174,7 @@ def _match_forward_kernel(
     for start in range(0, P2, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         d = tl.zeros((BLOCK_Q, BLOCK_C), DISTANCE_TYPE)
+        # _map_tile() stands here twice: Triton compiles both sides of a condition that only a program knows.
         if LOCATION_AXES > 0:
             if kind == 0:
                 d += _location_tile(
@@ -207,7 +208,7 @@ def _match_forward_kernel(
 
 @triton.jit
 def _nearest_of_blocks(distance_ptr, index_ptr, patch, P, blocks, BLOCKS_AT_ONCE: tl.constexpr):
-    """The nearest of the blocks' nearest, (blocks, P) each, the first of equal ones; infinity beyond P.
+    """Each patch's nearest neighbour over all blocks, from (blocks, P); the first of equal ones; infinity beyond P.
 
     Several blocks are read at a time: one after the other, each would wait for the one before.
     """
@@ -254,9 +255,9 @@ def _select_forward_kernel(
     distance, candidate = _nearest_of_blocks(distance_ptr, index_ptr, query, P, count, BLOCKS_AT_ONCE)
     rank = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, P, BLOCK):
-        others = start + tl.arange(0, BLOCK)
-        distances, _ = _nearest_of_blocks(distance_ptr, index_ptr, others, P, count, BLOCKS_AT_ONCE)
-        rank += _count_before(distance, query, distances, others)
+        compared = start + tl.arange(0, BLOCK)
+        distances, _ = _nearest_of_blocks(distance_ptr, index_ptr, compared, P, count, BLOCKS_AT_ONCE)
+        rank += _count_before(distance, query, distances, compared)
     chosen = (rank < m) & (query < P)
     match_set_ptr = match_index_ptr + match_set_offset(image // B, direction, B, m1, m2)
     _store_matches(match_set_ptr, rank, chosen, query, candidate, image.to(tl.int64) % B, B, m, PER_SLOT)
@@ -269,21 +270,21 @@ def _distance_forward_kernel(
     """Euclidean distances (B, m) of matches (2, B, m), from their differences.  One program: BLOCK_M of an image."""
     blocks = tl.cdiv(m, BLOCK_M)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    k = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = b * m + k
-    query = tl.load(match_index_ptr + at, mask=k < m, other=0)
-    candidate = tl.load(match_index_ptr + B.to(tl.int64) * m + at, mask=k < m, other=0)
+    slot = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = b * m + slot
+    query = tl.load(match_index_ptr + at, mask=slot < m, other=0)
+    candidate = tl.load(match_index_ptr + B.to(tl.int64) * m + at, mask=slot < m, other=0)
     x_rows = x.ptr + b * x.stride_b + query * x.stride_p
     y_rows = y.ptr + b * y.stride_b + candidate * y.stride_p
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, C, BLOCK_K):
-        d = start + tl.arange(0, BLOCK_K)
-        mask = (k < m)[:, None] & (d < C)[None, :]
-        q_d = tl.load(x_rows[:, None] + d.to(tl.int64)[None, :] * x.stride_c, mask=mask, other=0.0).to(
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (slot < m)[:, None] & (k < C)[None, :]
+        q_k = tl.load(x_rows[:, None] + k.to(tl.int64)[None, :] * x.stride_c, mask=mask, other=0.0).to(
             tl.float32
         )
-        c_d = tl.load(y_rows[:, None] + d.to(tl.int64)[None, :] * y.stride_c, mask=mask, other=0.0).to(
+        c_k = tl.load(y_rows[:, None] + k.to(tl.int64)[None, :] * y.stride_c, mask=mask, other=0.0).to(
             tl.float32
         )
-        squares += tl.sum((q_d - c_d) * (q_d - c_d), 1)
-    tl.store(distance_ptr + at, tl.sqrt_rn(squares), mask=k < m)
+        squares += tl.sum((q_k - c_k) * (q_k - c_k), 1)
+    tl.store(distance_ptr + at, tl.sqrt_rn(squares), mask=slot < m)

@@ -3,7 +3,7 @@
     total[b, l] = sum of g[j, k, b] over views j and matches k with index[j, k, b] = l
 
 g: gradients of an image's matches k < m, for each view of a source; total (B, L, D).  The sum is a matmul with zeros and
-ones, 2 L m D operations an image, without atomics.  Letters and buffers: docs/notation.md.
+ones, 2 L m D operations an image and view, without atomics.  Letters and buffers: docs/notation.md.
 """
 
 import triton

@@ -1,8 +1,10 @@
 """VICReg's backward pass: the gradient of all three terms, of all views in one launch.
 
-    dual     g = a (M o - vhat o) + f c        a = u_cov scales.cov
-    primal   g = a o M + f c                   f = u_var scales.var / sqrt(v + eps) where sqrt(v + eps) < gamma, else 0
-             + b (z - other)                   b = u_inv scales.inv
+    dual     g = f_cov (M o - vhat o) + f_var c + f_inv (z - other)
+    primal   g = f_cov o M            + f_var c + f_inv (z - other)
+
+    f_cov = u_cov scales.cov      f_inv = u_inv scales.inv
+    f_var = u_var scales.var / s where 0 < s < gamma, else 0      s = sqrt(std^2 + eps)
 
 u: upstream gradients, read on the device; None: that term's part is left out.  Scales: vicreg_fast/scales.py.
 z (P, N, D), any strides; M (V * P, S, S), rounded to the operand's format.  Writes g once, in the type of its pointer.
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format, to_storage
+from .numerics import hinge_slope, round_to_format, to_storage
 from .vicreg_dual import load_operand
 from .views import column_pointers, is_of_y, load_rows, row_offsets, select_source
 
@@ -28,13 +30,13 @@ class Upstream(NamedTuple):
 
 
 @triton.jit
-def needed_view(k, x_grad_ptr, y_grad_ptr):
-    """The k-th view that needs a gradient: of all views, of x's (0 and 3), or of y's (1 and 2)."""
+def needed_view(position, x_grad_ptr, y_grad_ptr):
+    """The view that needs a gradient, by its position among all views, x's views (0 and 3), or y's (1 and 2)."""
     if y_grad_ptr is None:
-        return 3 * k
+        return 3 * position
     if x_grad_ptr is None:
-        return 1 + k
-    return k
+        return 1 + position
+    return position
 
 
 @triton.jit
@@ -81,10 +83,10 @@ def _covariance_matmul(
 
 @triton.jit
 def _complete(
-    g, a, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+    g, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
     DUAL: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """g, a times the matmul, with all other parts added, for rows n and columns d.
+    """g, f_cov times the matmul, plus all other parts of the gradient, for rows n and columns d.
 
     moments: those of this view; step: between two of them.
     """
@@ -97,14 +99,11 @@ def _complete(
     if upstream.cov_ptr is not None and DUAL:
         # The operand is recomputed from z: cheaper than reading it.
         operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)
-        g -= round_to_format(c, FORMAT) * (a * operand_v)[None, :]
+        g -= round_to_format(c, FORMAT) * (f_cov * operand_v)[None, :]
     if upstream.var_ptr is not None:
         std = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
-        if eps > 0:
-            std = tl.sqrt_rn(std * std + eps)
-        active = (std < gamma) & (std > 0.0)
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
-        g += c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+        g += c * hinge_slope(std, gamma, eps, u)[None, :]
     if upstream.inv_ptr is not None:
         other = load_rows(column_pointers(other_source, d), other_rows, mask)
         g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
@@ -119,8 +118,9 @@ def _gradient_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N rows and BLOCK_D columns of one problem of one view that needs a gradient.
 
-    x_grad_ptr, y_grad_ptr: (views of the source, P, N, D), contiguous; None: the source needs none.  Programs that run
-    together are GROUP tiles high: they share rows and columns, and find them in the cache.
+    x_grad_ptr, y_grad_ptr: (views of the source, P, N, D), contiguous; None: the source needs none.  So there are three
+    variants: both sources, x alone, y alone.  Tiles are visited in groups GROUP rows high, so that programs that run
+    together share rows and columns in the L2 cache.
     """
     # About as high as wide, on a device that runs a hundred programs at a time.
     GROUP: tl.constexpr = 8
@@ -145,14 +145,14 @@ def _gradient_kernel(
     step = P * VIEWS * D  # of moments (4 or 3, P, V, D)
     moments = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    a = 0.0
+    f_cov = 0.0
     if upstream.cov_ptr is not None:
-        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
+        f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
         g = _covariance_matmul(
             views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
             d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        g *= a
+        g *= f_cov
     g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
     if x_grad_ptr is not None and y_grad_ptr is not None:
         if is_of_y(v):
@@ -169,7 +169,7 @@ def _gradient_kernel(
         h = g if PIECES == 1 else g0 if piece == 0 else g1 if piece == 1 else g2 if piece == 2 else g3
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         h = _complete(
-            h, a, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+            h, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
             DUAL, FORMAT,
         )  # fmt: skip
         tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=(n < N)[:, None] & (d < D)[None, :])

@@ -9,7 +9,7 @@
    relu(gamma - sqrt(std^2 + eps)) and vhat^2.  2 bytes moved a byte of input, about 10 operations an element.
 2. _gram_forward_kernel multiplies the tiles on and below G's diagonal: N^2 D operations a view.  Most tiles are computed
    by one program each.  The last ones, which would leave most of the device idle, are split along the features, and
-   vicreg_splitk.py adds their parts.  Gathered rows are centred and rounded here.
+   vicreg_splitk.py adds the splits.  Gathered rows are centred and rounded here.
 
 x, y: (P, N, D), any strides.  Letters and buffers: docs/notation.md.
 """
@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
-from .numerics import exponent_scale, relu_propagating_nan, round_to_format, to_storage, tril_tile
+from .numerics import (
+    exponent_scale,
+    hinge_of,
+    relu_propagating_nan,
+    round_to_format,
+    to_storage,
+    tril_tile,
+    undo_halves,
+)
 from .views import column_pointers, load_rows, row_offsets, select_source
 
 
@@ -29,7 +37,7 @@ def _column_moments(
     """hi, lo and std of columns d (a vector).
 
     The first row is subtracted first, so that the mean of a constant column is its value, exactly.  Deviations are scaled
-    by a power of two before they are squared: the square of 1e-18 underflows.
+    by a power of two before they are squared: squares of deviations below 1.1e-19 are subnormal.
     """
     columns = column_pointers(source, d)
     first = row_offsets(source, index_ptr, v, p, tl.arange(0, 1), P, N)
@@ -114,7 +122,7 @@ def _moments_forward_kernel(
         tl.store(at + step, lo, mask=inside)
         tl.store(at + 2 * step, std, mask=inside)
         tl.store(at + 3 * step, operand_v.to(tl.float32), mask=inside)
-    hinge = relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+    hinge = hinge_of(std, gamma, eps)
     at = partials.column_ptr + program.to(tl.int64) * 3
     tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)))
     tl.store(at + 1, tl.sum(tl.where(inside, hinge, 0.0).to(tl.float64)))
@@ -157,8 +165,6 @@ def _gram_tile(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(N - 1) G in rows ``row`` and columns ``column``, from the features begin <= d < end."""
-    a_ptr = operand_ptr
-    b_ptr = operand_ptr
     if operand_ptr is not None:
         a_ptr = operand_ptr + problem * N * D + row.to(tl.int64) * D
         b_ptr = operand_ptr + problem * N * D + column.to(tl.int64) * D
@@ -182,9 +188,7 @@ def _gram_tile(
             a = to_storage(a, FORMAT).to(OPERAND_TYPE)
             b = tl.trans(to_storage(b, FORMAT).to(OPERAND_TYPE))
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
-    if FORMAT == "fp16":
-        acc *= 4.0  # of halves, see round_to_format()
-    return acc
+    return undo_halves(acc, FORMAT)
 
 
 @triton.jit(do_not_specialize=["P", "tiles", "full_tiles", "splits", "tile_partials", "column_partials"])

@@ -4,7 +4,7 @@
 
 s is the mean of the chunk's first block.  Any constant is right, and one near the mean loses no digits; a single row would
 lose all of them if it is an outlier.  vicreg_splitk.py combines the chunks into C, means and variances.  The hinge, which
-needs the variance of whole columns, is computed there too.
+needs the variance of complete columns, is computed there too.
 
 x, y: (P, N, D), any strides.  Writes the tiles of S on and below the diagonal, the chunks' s, t and sqrt(q), and each
 program's sum of (x - y)^2.  N D^2 operations a view.  Letters and buffers: docs/notation.md.
@@ -13,7 +13,7 @@ program's sum of (x - y)^2.  N D^2 operations a view.  Letters and buffers: docs
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format, to_storage, tril_tile
+from .numerics import round_to_format, to_storage, tril_tile, undo_halves
 from .views import column_pointers, load_rows, row_offsets, select_source
 
 
@@ -102,8 +102,7 @@ def _second_moment_forward_kernel(
         a = to_storage(a, FORMAT).to(OPERAND_TYPE)
         b = to_storage(b, FORMAT).to(OPERAND_TYPE)
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
-    if FORMAT == "fp16":
-        acc *= 4.0  # of halves, see round_to_format()
+    acc = undo_halves(acc, FORMAT)
     at = ((problem.to(tl.int64) * tiles + program % tiles) * splits + k) * BLOCK_M * BLOCK_M
     tl.store(split_tiles_ptr + at + m[:, None] * BLOCK_M + m[None, :], acc)
 
@@ -125,14 +124,14 @@ def _accumulate(
     FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr, FP64_SQUARES: tl.constexpr,
 ):  # fmt: skip
     """(acc, t, q) with the rows z (BLOCK_K, BLOCK_M) added.  t, and q unless FP64_SQUARES, is summed over rows at the end."""
-    a = tl.where(mask, z - s[None, :], 0.0)
+    e = tl.where(mask, z - s[None, :], 0.0)
     if FP64_SQUARES:
-        wide = a.to(tl.float64)
+        wide = e.to(tl.float64)
         q += tl.sum(wide * wide, 0)
     else:
-        q += a * a
-    o = to_storage(round_to_format(a, FORMAT), FORMAT).to(OPERAND_TYPE)
-    return tl.dot(tl.trans(o), o, acc, input_precision=DOT_PRECISION), t + a, q
+        q += e * e
+    o = to_storage(round_to_format(e, FORMAT), FORMAT).to(OPERAND_TYPE)
+    return tl.dot(tl.trans(o), o, acc, input_precision=DOT_PRECISION), t + e, q
 
 
 @triton.jit(do_not_specialize=["P", "splits"])
@@ -187,17 +186,21 @@ def _narrow_second_moment_forward_kernel(
                 other, second_s, mask, second_acc, second_t, second_q,
                 FORMAT, OPERAND_TYPE, DOT_PRECISION, FP64_SQUARES,
             )  # fmt: skip
-    scale = 4.0 if FORMAT == "fp16" else 1.0  # of halves, see round_to_format()
     square = tl.arange(0, BLOCK_M)[:, None] * BLOCK_M + d[None, :]
     problems = tl.num_programs(0) // splits * (2 if VIEWS > 1 else 1)
     problem = (v * P + p).to(tl.int64)
-    tl.store(split_tiles_ptr + (problem * splits + k) * BLOCK_M * BLOCK_M + square, first_acc * scale)
+    tl.store(
+        split_tiles_ptr + (problem * splits + k) * BLOCK_M * BLOCK_M + square, undo_halves(first_acc, FORMAT)
+    )
     at = k.to(tl.int64) * problems + problem
     first_q = first_q if FP64_SQUARES else tl.sum(first_q, 0)
     _store_chunk(chunk_sums_ptr, at, d, D, first_s, tl.sum(first_t, 0), first_q)
     if VIEWS > 1:
         problem += P
-        tl.store(split_tiles_ptr + (problem * splits + k) * BLOCK_M * BLOCK_M + square, second_acc * scale)
+        tl.store(
+            split_tiles_ptr + (problem * splits + k) * BLOCK_M * BLOCK_M + square,
+            undo_halves(second_acc, FORMAT),
+        )
         second_q = second_q if FP64_SQUARES else tl.sum(second_q, 0)
         _store_chunk(chunk_sums_ptr, at + P, d, D, second_s, tl.sum(second_t, 0), second_q)
         tl.store(partials.column_ptr + program, tl.sum(tl.sum(difference, 1).to(tl.float64)))

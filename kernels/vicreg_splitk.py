@@ -1,4 +1,4 @@
-"""Split-K reduction of VICReg's forward pass, and its epilogue: M from its parts, then the terms.
+"""Split-K reduction of VICReg's forward pass, and its epilogue: M from its splits, then the terms.
 
     dual     G = sum_k S_k / (N - 1), with the diagonal from the squared row norms of vicreg_dual.py
     primal   C = sum_k [S_k - t_k t_k' / n_k + n_k (m_k - m)(m_k - m)'] / (N - 1), zero diagonal, m_k = s_k + t_k / n_k

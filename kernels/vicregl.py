@@ -3,14 +3,17 @@
     z = rows index[k] of a map, k < m      c = z - mean(z)      o = round(c)      vhat = |o_d|^2 / (m - 1)
     dual    cov = (sum (o o')^2 / (m-1)^2 - sum vhat^2) / D      G = o o' / (m - 1)
     primal  cov = sum C0^2 / D                                   C0 = o'o / (m - 1), its diagonal zero
-    g = a (G o - vhat o) + f c + b (z - other)                   a o C0 on the primal side; a, b, f as in vicreg_backward.py
+    g = f_cov (G o - vhat o) + f_var c + f_inv (z - other)       f_cov o C0 on the primal side
+
+    f_cov and f_var are those of vicreg_backward.py divided by m - 1, f_inv by m.
 
 Match sets: by location (kind 0) and by feature (kind 1), from x to y (direction 0) and from y to x (direction 1).  Each has
 a query view (side 0) and a candidate view (side 1), and at most 64 matches.  x (B, L1, D), y (B, L2, D), any strides.  A
 view's matched rows are gathered into registers and centred there; no moments are stored.
 
-Forward: 6 m D elements are read for each kind of an image (the queries once more for the invariance), and 4 m^2 D
-operations done.  Backward: 4 m D elements, and each element of both gradients is written once.
+Forward, for each kind of an image: 6 m D elements are read (the queries twice, for the invariance), and on the dual side
+8 m^2 D operations done.  Backward: 4 m D elements are read for each kind and source of an image, and each element of both
+gradients is written once.
 Letters and buffers: docs/notation.md; scales: vicreg_fast/scales.py.
 """
 
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_losses
-from .numerics import exponent_scale, relu_propagating_nan, round_matrix, round_to_format, to_storage
+from .numerics import exponent_scale, hinge_of, hinge_slope, round_matrix, round_to_format, to_storage
 from .scatter_rows import add_rows
 from .views import column_pointers, load_rows, match_set_offset, matches_of, select_source
 
@@ -82,12 +85,11 @@ def _accumulate(
     """
     c = _centred(z, n, m)
     std = _standard_deviation(c, m)
-    penalty = relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
-    hinge += tl.where(d < D, penalty, 0.0).to(tl.float64)
+    hinge += tl.where(d < D, hinge_of(std, gamma, eps), 0.0).to(tl.float64)
     o = round_to_format(c, FORMAT)
     if DUAL:
-        a = to_storage(o, FORMAT).to(OPERAND_TYPE)
-        gram = tl.dot(a, tl.trans(a), gram, input_precision=DOT_PRECISION)
+        operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
+        gram = tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
         wide = o.to(row_sq_norms.dtype)
         squares = wide * wide
         row_sq_norms += tl.sum(squares, 1)
@@ -189,7 +191,7 @@ def _match_set_gradient(
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if upstream.cov_ptr is not None:
         o = round_to_format(c, FORMAT)
-        a = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov / (m - 1)
+        f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov / (m - 1)
         if DUAL:
             inside = (n < m)[:, None] & (n < m)[None, :]
             G_ptr = gram_ptr + (side * B + b) * m * m
@@ -205,14 +207,11 @@ def _match_set_gradient(
                 g = tl.dot(o_f.to(LEFT), C.to(LEFT), g, input_precision=DOT_PRECISION)
             if FORMAT == "fp16":
                 g *= 2.0  # of a half
-        g *= a
+        g *= f_cov
     if upstream.var_ptr is not None:
         std = _standard_deviation(c, m)
-        if eps > 0:
-            std = tl.sqrt_rn(std * std + eps)
-        active = (std < gamma) & (std > 0.0)
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var / (m - 1)
-        g += c * tl.where(active, u / tl.where(active, std, 1.0), 0.0)[None, :]
+        g += c * hinge_slope(std, gamma, eps, u)[None, :]
     if upstream.inv_ptr is not None:
         other_source = select_source(views, 2 * direction + (1 - side))
         other_rows = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)

@@ -22,17 +22,28 @@ class Source(NamedTuple):
     """A tensor that views take rows from: its pointer and its strides, in elements."""
 
     ptr: Any
-    stride_p: Any  # problem; 0 where a problem's rows are found by index alone
+    stride_p: Any  # problem; 0 where a problem's rows are given by the index alone
     stride_n: Any  # row
     stride_i: Any  # index; 0 without an index
     stride_d: Any  # feature
 
 
 class Views(NamedTuple):
-    """One view, one pair or two pairs of views."""
+    """One view, one pair or two pairs of views: the sources x and y, each as Source has it, and the index.
 
-    x: Source
-    y: Source
+    Not two Sources: Triton 3.6 loses the compile-time members of a NamedTuple within another.
+    """
+
+    x_ptr: Any
+    x_stride_p: Any
+    x_stride_n: Any
+    x_stride_i: Any
+    x_stride_d: Any
+    y_ptr: Any
+    y_stride_p: Any
+    y_stride_n: Any
+    y_stride_i: Any
+    y_stride_d: Any
     index_ptr: Any  # int64 (V, P, N), or None: every row is a sample
 
 
@@ -46,21 +57,20 @@ def is_of_y(v):
 def select_source(views, v):
     """The source of view v.
 
-    Triton types an integer argument i32 or i64 by its value.  Strides are cast to 64 bits, so that both branches agree.
+    Triton types an integer argument i32 or i64 by its value, so strides are cast to 64 bits: both branches must agree.
+    stride_d is not cast.  A stride of 1 has to stay a constant, or loads are not vectorised.
     """
-    x = views.x
-    y = views.y
-    ptr = x.ptr
-    stride_p = tl.full((), x.stride_p, tl.int64)
-    stride_n = tl.full((), x.stride_n, tl.int64)
-    stride_i = tl.full((), x.stride_i, tl.int64)
-    stride_d = x.stride_d
+    ptr = views.x_ptr
+    stride_p = tl.full((), views.x_stride_p, tl.int64)
+    stride_n = tl.full((), views.x_stride_n, tl.int64)
+    stride_i = tl.full((), views.x_stride_i, tl.int64)
+    stride_d = views.x_stride_d
     if is_of_y(v):
-        ptr = y.ptr
-        stride_p = tl.full((), y.stride_p, tl.int64)
-        stride_n = tl.full((), y.stride_n, tl.int64)
-        stride_i = tl.full((), y.stride_i, tl.int64)
-        stride_d = y.stride_d
+        ptr = views.y_ptr
+        stride_p = tl.full((), views.y_stride_p, tl.int64)
+        stride_n = tl.full((), views.y_stride_n, tl.int64)
+        stride_i = tl.full((), views.y_stride_i, tl.int64)
+        stride_d = views.y_stride_d
     return Source(ptr, stride_p, stride_n, stride_i, stride_d)
 
 
@@ -90,7 +100,7 @@ def load_rows(columns, rows, mask):
 
 @triton.jit
 def matches_of(direction, m1, m2):
-    """Matches an image in a direction: m1 from x to y (0), m2 from y to x (1)."""
+    """Matches of an image in a direction: m1 from x to y (0), m2 from y to x (1)."""
     m = m1
     if direction == 1:
         m = m2

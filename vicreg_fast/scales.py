@@ -6,7 +6,7 @@ A term is a scale times a sum.  With V views, ``pairs`` pairs, P problems of N s
     var = w_var / (V P D)          * sum over columns of relu(gamma - std)
     cov = w_cov / (V P D f^2)      * sum of the squared off-diagonal elements of M
 
-M is f times C (primal) or f times G (dual); f = 1 unless the backend passes another ``factor``.  On the dual side the sum is
+M is f C0 (primal) or f G (dual); f = 1 unless the backend passes another ``factor``.  On the dual side the sum is
 sum(M^2) - f^2 sum(vhat^2).  The gradients with respect to a centred view c are, before the upstream gradient:
 
     inv   2 w_inv / (pairs P N D)           * (x - y)

@@ -20,9 +20,11 @@ def saved(
     if launch_vicregl.fits(plan):
         return launch_vicregl.saved(plan, sources[0].shape, matmul)
     return [
-        each
+        shape_and_dtype
         for group in plan.groups(sources, match_index)
-        for each in launch_vicreg.saved(plan, matmul, match_index is not None, len(group), *group[0][1].shape)
+        for shape_and_dtype in launch_vicreg.saved(
+            plan, matmul, match_index is not None, len(group), *group[0][1].shape
+        )
     ]
 
 
@@ -40,7 +42,8 @@ def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> lis
     values: list[Tensor] = []
     saved: list[Tensor] = []
     with arguments.on_device(sources[0].device):
-        for group in _groups(plan, sources, None if matches is None else matches.match_index):
+        for views in plan.groups(sources, None if matches is None else matches.match_index):
+            group = arguments.group_of(views)
             results = autotune.tuned(
                 functools.partial(launch_vicreg.forward_keys, group, matmul, device),
                 functools.partial(launch_vicreg.terms, Call(group, plan, matmul, device)),
@@ -72,13 +75,13 @@ def gradient(
             )
             return [g.to(source.dtype) for g, source in zip(grads, sources, strict=True) if g is not None]
         totals: list[Tensor | None] = [None] * len(sources)
-        for k, group in enumerate(_groups(plan, of_one_dtype, match_index)):
-            reached = upstream[3 * k : 3 * k + 3]
-            if any(u is not None for u in reached):
-                call = Call(group, plan, matmul, device)
-                _add_group_gradient(
-                    call, plan.group_sources(k), totals, saved[3 * k : 3 * k + 3], reached, needs, sources
-                )
+        for k, views in enumerate(plan.groups(of_one_dtype, match_index)):
+            group_upstream = upstream[3 * k : 3 * k + 3]
+            if any(u is not None for u in group_upstream):
+                call = Call(arguments.group_of(views), plan, matmul, device)
+                kept = saved[3 * k : 3 * k + 3]
+                order = [source for source, _ in views]
+                _add_group_gradient(call, order, totals, kept, group_upstream, needs, sources)
     return [
         total.view(source.shape).to(source.dtype)
         for total, source in zip(totals, sources, strict=True)
@@ -133,15 +136,6 @@ def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Ten
     """Euclidean distances (B, m) of matches (2, B, m)."""
     with arguments.on_device(queries.device):
         return launch_matching.match_distances(queries, candidates, matches, configs.device_of(queries.device))
-
-
-def _groups(plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None) -> list[arguments.Group]:
-    """The plan's groups, ready for the kernels."""
-    groups = list(plan.groups(sources, match_index))
-    sets: Sequence[Tensor | None] = [None] * len(groups)
-    if match_index is not None:
-        sets = plan.match_sets(match_index, sources[0].shape[0])
-    return [arguments.group_of(group, index) for group, index in zip(groups, sets, strict=True)]
 
 
 def _of_one_dtype(sources: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import precision
-from ...kernels.views import Source, Views
+from ...kernels.views import Views
 from ...plan import Plan
 from ...rows import Rows
 from ...sides import uses_dual
@@ -76,14 +76,14 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _source(rows: Rows) -> Source:
-    """A view's source as kernels address it: the formula of kernels/views.py, which is that of rows.py."""
+def _source(rows: Rows) -> tuple[Tensor, int, int, int, int]:
+    """A view's source as kernels address it, Source of kernels/views.py: the formula is that of rows.py."""
     first, second, features = rows.source.stride()
     if rows.patch is None:
         strides = (second, first, 0) if rows.per_slot else (first, second, 0)
     else:
         strides = (0, first, second) if rows.per_slot else (first, 0, second)
-    return Source(rows.source, *strides, features)
+    return rows.source, *strides, features
 
 
 class Group(NamedTuple):
@@ -98,7 +98,7 @@ class Group(NamedTuple):
 
     @property
     def match_index(self) -> Tensor | None:
-        """(V, P, N); None: every row is a sample."""
+        """Starts the (V, P, N) indices of the group's rows; None: every row is a sample."""
         return self.views.index_ptr  # type: ignore[no-any-return]  # Any: kernels take it as a pointer
 
     @property
@@ -114,10 +114,10 @@ class Group(NamedTuple):
     @property
     def aligned(self) -> bool:
         """Whether rows are contiguous, each at a multiple of 16 elements."""
-        sources = (self.views.x, self.views.y)
-        steps = [step for source in sources for step in (source.stride_p, source.stride_n)]
-        starts = [source.ptr.storage_offset() for source in sources]
-        unit = all(source.stride_d == 1 for source in sources)
+        x, y = self.views[:5], self.views[5:10]
+        steps = [*x[1:3], *y[1:3]]  # of problems and of rows
+        starts = [source[0].storage_offset() for source in (x, y)]
+        unit = x[4] == y[4] == 1  # of features
         return self.match_index is None and unit and not any(n % 16 for n in (*steps, *starts, self.D))
 
     def key(self, device: Device, kernel: str, kind: str = "") -> Key:
@@ -126,16 +126,16 @@ class Group(NamedTuple):
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised memory on the views' device."""
-        return torch.empty(shape, dtype=dtype, device=self.views.x.ptr.device)
+        return torch.empty(shape, dtype=dtype, device=self.views.x_ptr.device)
 
 
-def group_of(views: Sequence[tuple[int, Rows]], index: Tensor | None) -> Group:
-    """A plan's group, with its part (V, P, N) of the match index."""
+def group_of(views: Sequence[tuple[int, Rows]]) -> Group:
+    """A plan's group.  The indices of its views follow those of the first one in memory."""
     sources = [source for source, _ in views]
     if sources not in ([0], [0, 1], [1, 0], [0, 1, 1, 0]):
         raise NotImplementedError(f"kernels have no views of sources {sources}")
     x, y = views[0][1], views[min(1, len(views) - 1)][1]
-    return Group(len(views), *x.shape, x.per_slot, Views(_source(x), _source(y), index))
+    return Group(len(views), *x.shape, x.per_slot, Views(*_source(x), *_source(y), x.patch))
 
 
 class Call(NamedTuple):

@@ -1,5 +1,6 @@
 """Launches patch matching: one kernel if each map of an image is one block, else two."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,10 @@ from ..aten.nearest_patches import MAX_COORDINATES
 from .arguments import block_of, matmul_policy
 from .configs import Device, Key, Matching, choose, launch_options
 
-# Patches of a program of the selection, and blocks whose nearest it reads at a time.
-_SELECTED, _BLOCKS_AT_ONCE = 64, 8
+# Patches of a program of the selection, and blocks that it reads at a time.
+_SELECT_BLOCK, _BLOCKS_AT_ONCE = 64, 8
 # Matches and channels at a time of a program of the distances.
-_MEASURED, _CHANNELS = 16, 64
+_DISTANCE_BLOCK_M, _DISTANCE_BLOCK_K = 16, 64
 
 
 def _axes(rows: Tensor) -> int:
@@ -81,10 +82,10 @@ def match(
         **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
     if nearest is not None:
-        programs = -(-P1 // _SELECTED) + (-(-P2 // _SELECTED) if both else 0)
+        programs = -(-P1 // _SELECT_BLOCK) + (-(-P2 // _SELECT_BLOCK) if both else 0)
         patch_matching._select_forward_kernel[(kinds * B * programs,)](
             nearest=nearest, match_index_ptr=index, B=B, P1=P1, P2=P2, m1=m1, m2=m2, blocks=blocks,
-            BOTH=both, PER_SLOT=per_slot, BLOCK=_SELECTED, BLOCKS_AT_ONCE=_BLOCKS_AT_ONCE,
+            BOTH=both, PER_SLOT=per_slot, BLOCK=_SELECT_BLOCK, BLOCKS_AT_ONCE=_BLOCKS_AT_ONCE,
             **launch_options(device, warps=8),
         )  # fmt: skip
         if match_order == "patch":
@@ -95,9 +96,10 @@ def match(
 def _sort_by_query(index: Tensor, B: int, counts: Sequence[int], kinds: int, per_slot: bool) -> None:
     """Put the matches of a flat index in the order of their queries, in place."""
     first = 0
-    for V, P, N in index_shapes(B, counts, per_slot) * kinds:
-        views = index[first : first + V * P * N].view(V, P, N)
-        first += V * P * N
+    for shape in index_shapes(B, counts, per_slot) * kinds:
+        size = math.prod(shape)
+        views = index[first : first + size].view(shape)
+        first += size
         matches = -2 if per_slot else -1  # the dimension that they run along
         query, order = views[::2].sort(dim=matches)
         views[1::2] = views[1::2].gather(matches, order)
@@ -108,9 +110,9 @@ def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, device
     """Euclidean distances (B, m) of matches (2, B, m)."""
     _, B, m = matches.shape
     distance = torch.empty(B, m, dtype=torch.float32, device=queries.device)
-    patch_matching._distance_forward_kernel[(B * -(-m // _MEASURED),)](
+    patch_matching._distance_forward_kernel[(B * -(-m // _DISTANCE_BLOCK_M),)](
         x=PatchMap(queries, *queries.stride()), y=PatchMap(candidates, *candidates.stride()),
         match_index_ptr=matches, distance_ptr=distance, B=B, C=queries.shape[2], m=m,
-        BLOCK_M=_MEASURED, BLOCK_K=_CHANNELS, **launch_options(device, warps=4),
+        BLOCK_M=_DISTANCE_BLOCK_M, BLOCK_K=_DISTANCE_BLOCK_K, **launch_options(device, warps=4),
     )  # fmt: skip
     return distance

@@ -1,8 +1,8 @@
 """Launches VICReg's kernels.
 
 Forward, dual side: moments, gram, and the split-K reduction if tiles were split: two launches or three.  Primal side:
-second moments and the split-K reduction: two.  The last one reduces the terms.  Backward: one launch for all views, and for
-gathered rows one for each source, which adds up their gradients.
+second moments and the split-K reduction: two.  The last one reduces the terms.  Backward: one launch for all views.  For
+gathered rows two launches for each source: the gradients of its rows, then their scatter.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from .splitk import split, tril_tiles
 # The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile, for up to 8 splits and for
 # more.  A program's registers hold both: these are the largest that no target spilled.
 _FEW_SPLITS, _MANY_SPLITS = (4, 512), (8, 128)
-# Patches, matches at a time and columns of a program of the scatter.  The interpreter wants few programs, and more than one
-# of the 130 columns that tests have.
+# Patches, matches at a time and columns of a program of the scatter.  The interpreter wants few programs, but at least two
+# for the tests' 130 columns.
 _PATCHES, _MATCHES, _COLUMNS, _COLUMNS_INTERPRETED = 64, 32, 32, 128
 
 
@@ -85,9 +85,8 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
     V, P, N, D = group.V, group.P, group.N, group.D
     moments, M, operand = map(_or_none, kept)
-    if (
-        group.match_index is not None and moments is None
-    ):  # the gram kernel centres gathered rows with the moments
+    if group.match_index is not None and moments is None:
+        # The gram kernel centres gathered rows with the moments.
         moments = group.empty(4, P, V, D)
     elif group.match_index is None and operand is None:
         operand = group.empty(V, P, N, D, dtype=matmul.dtype)
@@ -197,13 +196,10 @@ def gradient(
     (key,) = gradient_keys(group, matmul, device)
     config: Gradient = choose(key)
     inv, var, cov = upstream
+    gathered = torch.float32 if group.match_index is not None else None
     x, y = (
-        group.empty(
-            group.pairs, P, N, D, dtype=torch.float32 if group.match_index is not None else source.ptr.dtype
-        )
-        if need
-        else None
-        for source, need in zip((group.views.x, group.views.y), [*needs, False][:2], strict=True)
+        group.empty(group.pairs, P, N, D, dtype=gathered or source.dtype) if need else None
+        for source, need in zip((group.views.x_ptr, group.views.y_ptr), [*needs, False][:2], strict=True)
     )
     views = V if x is not None and y is not None else group.pairs  # those that need a gradient
     tiles = -(-N // config.block_n) * -(-D // config.block_d)
@@ -220,7 +216,7 @@ def gradient(
 
 
 def scatter(call: Call, which: int, grads: Tensor, shape: Sequence[int], total: Tensor | None) -> Tensor:
-    """Add gathered rows' gradients (views of the source, P, N, D), float32, up in a source of shape (images, patches, D).
+    """Add the gradients of gathered rows, (views of the source, P, N, D), float32, to a source (images, patches, D).
 
     ``which``: 0, the source of the first view, or 1, that of the second.  ``total``: what is added to, in place.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...kernels import vicregl
 from ...kernels.epilogue import Terms
 from ...kernels.vicreg_backward import Upstream
-from ...kernels.views import Source, Views
+from ...kernels.views import Views
 from ...plan import Matches, Plan
 from ...scales import match_set_scales
 from ...sides import uses_dual
@@ -71,9 +71,9 @@ def saved(plan: Plan, shape: Sequence[int], matmul: MatmulPolicy) -> list[tuple[
 
 
 def _views(sources: Sequence[Tensor], match_index: Tensor) -> Views:
-    """The maps and the flat index as kernels take them: a problem is an image, and its rows are found by index."""
-    x, y = (Source(z, z.stride(0), 0, z.stride(1), z.stride(2)) for z in sources)
-    return Views(x, y, match_index)
+    """The maps and the flat index as kernels take them: a problem is an image, and its rows are given by the index."""
+    x, y = ((z, z.stride(0), 0, z.stride(1), z.stride(2)) for z in sources)
+    return Views(*x, *y, match_index)
 
 
 def terms(
@@ -116,7 +116,7 @@ def gradient(
     matmul: MatmulPolicy,
     device: Device,
 ) -> list[Tensor | None]:
-    """Gradients of the maps that need one, in their type; None for others."""
+    """Gradients of the maps that need one, in their type; None for a map that needs none."""
     _, gradient_key = keys(plan, sources, matmul, device)
     config: LocalGradient = choose(gradient_key)
     x, y = sources

@@ -17,7 +17,7 @@ _SPLIT_COST = 256
 
 
 class Split(NamedTuple):
-    """The first ``full_tiles`` tiles have one program each; each other tile has ``splits`` programs."""
+    """The first ``full_tiles`` tiles have one program each; every later tile has ``splits`` programs."""
 
     full_tiles: int
     splits: int
