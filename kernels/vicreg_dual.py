@@ -135,9 +135,8 @@ def replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N
 
     tl.dot accumulates serially.  sum vhat^2 is subtracted from sum G^2, so G's own diagonal would amplify its error.
     """
-    BLOCK_E: tl.constexpr = min(
-        128, 2048 // BLOCK_R
-    )  # blocks at a time: one by one, each would wait for memory
+    # Blocks at a time: one by one, each would wait for memory.
+    BLOCK_E: tl.constexpr = min(128, 2048 // BLOCK_R)
     norms = tl.zeros((BLOCK_E, BLOCK_R), tl.float64)
     for start in range(0, column_blocks, BLOCK_E):
         block = start + tl.arange(0, BLOCK_E)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vicreg_fast import VICRegLLoss
 from vicreg_fast.backends.aten import blocks
-from vicreg_fast.rows import WHOLE, Block, Rows
+from vicreg_fast.rows import FULL_VIEW, Block, Rows
 from vicreg_fast.sides import keeps_moments, uses_dual
 
 from .data import assert_exact
@@ -32,7 +32,7 @@ def test_add_is_the_adjoint_of_read() -> None:
     patch = torch.tensor([[0, 3, 3], [5, 1, 0], [2, 2, 2], [4, 0, 1]])
     for rows in (Rows(source, patch), Rows(source, patch.t(), per_slot=True)):
         total = torch.zeros_like(source)
-        rows.add(total, WHOLE, rows.read(WHOLE))
+        rows.add(total, FULL_VIEW, rows.read(FULL_VIEW))
         counts = torch.zeros(4, 6).scatter_add_(1, patch, torch.ones(4, 3))
         assert torch.equal(total, source * counts[..., None])
 
@@ -65,7 +65,7 @@ def test_blocks_read_their_part(layout: str, per_slot: bool) -> None:
     rows = Rows(LAYOUTS[layout](z), patch.t() if per_slot else patch, per_slot)
     whole = torch.stack([image[chosen] for image, chosen in zip(z, patch, strict=True)])
     whole = whole.transpose(0, 1) if per_slot else whole
-    assert torch.equal(rows.read(WHOLE), whole)
+    assert torch.equal(rows.read(FULL_VIEW), whole)
     block = Block(slice(1, 3), slice(0, 2), slice(4, 9))
     assert torch.equal(rows.read(block), whole[block])
 
@@ -79,7 +79,7 @@ def test_blocks_cover_every_element_once(V: int, P: int, N: int, D: int) -> None
     for group, parts in groups:
         for part in parts:
             assert part.problems == group
-            assert (part is WHOLE) == (len(groups) == len(parts) == 1)
+            assert (part is FULL_VIEW) == (len(groups) == len(parts) == 1)
             seen[part.problems, part.rows, part.features] += 1
     assert (seen == 1).all()
 

@@ -331,8 +331,8 @@ class VICRegLLoss(_Loss):
             values = distributed.average_over_samples(
                 torch.stack([*losses.values(), total]), images, self.process_group
             )
-            *rest, total = (value.clone() for value in values.unbind())
-            losses = dict(zip(losses, rest, strict=True))
+            *averages, total = (value.clone() for value in values.unbind())
+            losses = dict(zip(losses, averages, strict=True))
         return losses, total
 
     def _gathered(

@@ -29,11 +29,11 @@ class Block(NamedTuple):
 
     def of_columns(self, statistic: Tensor) -> Tensor:
         """The block's columns of a statistic (..., P, V, 1, D), which has one value a column."""
-        return statistic if self is WHOLE else statistic[..., self.problems, :, :, self.features]
+        return statistic if self is FULL_VIEW else statistic[..., self.problems, :, :, self.features]
 
 
 # Every element of a view.  It is compared by identity, and nothing is sliced: five slices cost more than a small loss.
-WHOLE = Block(slice(None), slice(None), slice(None))
+FULL_VIEW = Block(slice(None), slice(None), slice(None))
 
 
 class Rows(NamedTuple):
@@ -64,14 +64,14 @@ class Rows(NamedTuple):
         """The block (p, n, d) of a tensor of the source's shape, as a view of it; only without ``patch``."""
         if self.per_slot:
             tensor = tensor.transpose(0, 1)
-        return tensor if block is WHOLE else tensor[block]
+        return tensor if block is FULL_VIEW else tensor[block]
 
     def read(self, block: Block) -> Tensor:
         """The block (p, n, d), in the source's type; without ``patch`` it is a view of the source."""
         if self.patch is None:
             return self.of(self.source, block)
-        source = self.source if block is WHOLE else self.source[:, :, block.features]
-        patch = self.patch if block is WHOLE else self.patch[block.problems, block.rows]
+        source = self.source if block is FULL_VIEW else self.source[:, :, block.features]
+        patch = self.patch if block is FULL_VIEW else self.patch[block.problems, block.rows]
         if source.stride(0) != source.shape[1] * source.stride(1):
             return source[self._image(block), patch]
         # One index a row instead of two takes a fifth of the time (16 images of 196 patches, 20 gathered, 384 channels).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import precision
 from .plan import Plan, problems
-from .rows import WHOLE
+from .rows import FULL_VIEW
 from .scales import Normalisation
 from .sides import FEW_SAMPLES, uses_dual
 
@@ -65,7 +65,7 @@ def gradient(
     ]
     with precision.set_matmul_precision("ieee", sources[0].device):
         for k, group in enumerate(plan.groups(sources, match_index)):
-            views = [rows.read(WHOLE).to(dtype) for _, rows in group]
+            views = [rows.read(FULL_VIEW).to(dtype) for _, rows in group]
             normalisation = Normalisation(len(views), len(plan.pair_list), *views[0].shape)
             # Upstream gradients of the unweighted terms, then the scales of :func:`_statistics_gradient`.
             inv, var, cov = (
@@ -83,5 +83,5 @@ def gradient(
             for (source, rows), parts in zip(group, summands, strict=True):
                 total = totals[source]
                 if total is not None and parts:
-                    rows.add(problems(total), WHOLE, sum(parts[1:], parts[0]))
+                    rows.add(problems(total), FULL_VIEW, sum(parts[1:], parts[0]))
     return [total.to(s.dtype) for total, s in zip(totals, sources, strict=True) if total is not None]

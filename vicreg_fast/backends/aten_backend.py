@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import precision
 from ..plan import Matches, Plan, problems
-from ..rows import WHOLE, Rows
+from ..rows import FULL_VIEW, Rows
 from ..sides import keeps_moments, keeps_operand_variance, side_of
 from .aten import backward, forward, nearest_patches
 from .aten.blocks import workspace_elements
@@ -111,7 +111,7 @@ def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor) -> Ten
     """Euclidean distances (B, m) of matches (2, B, m)."""
     dtype = precision.accumulation_dtype([queries.dtype, candidates.dtype])
     query, candidate = (
-        Rows(z, patch).read(WHOLE).to(dtype)
+        Rows(z, patch).read(FULL_VIEW).to(dtype)
         for z, patch in zip((queries, candidates), matches.unbind(), strict=True)
     )
     distance: Tensor = torch.linalg.vector_norm(query - candidate, dim=-1)

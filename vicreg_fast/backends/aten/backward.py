@@ -21,7 +21,7 @@ from ...rows import Block, Rows
 from ...scales import Normalisation
 from ...sides import FEW_SAMPLES, uses_dual
 from .blocks import blocks
-from .forward import Statistics, gram_scale, recomputed_moments
+from .forward import Statistics, gram_factor, recomputed_moments
 
 
 class _Sum:
@@ -84,7 +84,7 @@ class _BackwardPass:
         self.in_place = {view: not add and total.dtype == self.dtype for view, total in self.needed.items()}
 
         inv_up, var_up, cov_up = upstream
-        self.gram_factor = gram_scale(N) * (N - 1)
+        self.gram_factor = gram_factor(N)
         normalisation = Normalisation(len(views), len(plan.pair_list), P, N, D)
         scales = normalisation.gradients(plan.weights, self.gram_factor)
         self.pairs = plan.pair_list if inv_up is not None else []

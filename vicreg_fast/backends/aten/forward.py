@@ -42,6 +42,11 @@ def _slice_elements(tensor: Tensor) -> int:
     return max(least, min(most, tensor.numel() // 4))
 
 
+def gram_factor(N: int) -> float:
+    """f of scales.py: M is f times C0 or G."""
+    return gram_scale(N) * (N - 1)
+
+
 def gram_scale(N: int) -> float:
     """s of the formula: the power of two at or below 1 / (N-1)."""
     return 2.0 ** -math.ceil(math.log2(N - 1))
@@ -196,9 +201,8 @@ def _reduce_block(
     elif M is not None:
         _add_gram(M, o.flatten(0, 1), dual, gram_scale(N))
     if not dual:
-        squares = (
-            z.to(wide).square_() if few else z.mul_(z)
-        )  # in place: the squares need no buffer of their own
+        # In place: the squares need no buffer of their own.
+        squares = z.to(wide).square_() if few else z.mul_(z)
         v = squares.sum(2, keepdim=True).div_(N - 1)
         return v, v
     columns, rows = _sums_of_squares(z)
@@ -320,7 +324,7 @@ class _ForwardPass:
     def outputs(self) -> list[Tensor]:
         """Weighted invariance, variance and covariance, and their sum."""
         P, N, D = self.shape
-        factor = gram_scale(N) * (N - 1)
+        factor = gram_factor(N)
         normalisation = Normalisation(len(self.views), len(self.pairs), P, N, D)
         scales = normalisation.terms(self.plan.weights, factor)
         var = (_sum(self.hinges, self.wide) * scales.var).to(self.dtype)

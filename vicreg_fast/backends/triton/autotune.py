@@ -105,11 +105,8 @@ def _search(key: configs.Key, run: Callable[[], object]) -> None:
             configs.tuned_configs[key] = candidate
             try:
                 time = _milliseconds(run)
-            except (
-                TritonError,
-                RuntimeError,
-            ):  # it needs more shared memory, registers or memory than there is
-                continue
+            except (TritonError, RuntimeError):
+                continue  # it needs more shared memory, registers or memory than there is
             if time < fastest:
                 best, fastest = candidate, time
     finally:  # an interrupted search leaves nothing behind

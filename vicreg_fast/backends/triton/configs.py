@@ -207,9 +207,8 @@ class Tables(NamedTuple):
     """The tables of an architecture."""
 
     aligned: Table
-    unaligned: (
-        Table  # gathered rows, or rows not aligned to 16 elements: each element keeps an address in registers
-    )
+    # For gathered rows and for rows not aligned to 16 elements: each element keeps an address in registers.
+    unaligned: Table
 
 
 def _large(stages: int) -> Table:

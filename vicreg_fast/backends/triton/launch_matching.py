@@ -54,9 +54,8 @@ def match(
     m1, m2 = counts if both else (counts[0], 0)
     kinds = 2 if locations else 1
     float64 = any(z.dtype == torch.float64 for z in locations or maps)
-    largest = (
-        min(config.largest_tile, 64) if float64 else config.largest_tile
-    )  # float64 takes twice the registers
+    # float64 distances take twice the registers.
+    largest = min(config.largest_tile, 64) if float64 else config.largest_tile
     block_q, block_c = block_of(P1, largest), block_of(P2, largest)
     single_tile = max(P1, P2) <= largest
     blocks = -(-P1 // block_q)
