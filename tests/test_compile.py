@@ -10,7 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
-from vicreg_fast import VICRegLLoss, VICRegLoss, operators
+from vicreg_fast import VICRegLLoss, VICRegLoss, operators, reference
+from vicreg_fast.autograd import weighted_terms
+from vicreg_fast.plan import Plan
 from vicreg_fast.sides import uses_dual
 
 from .data import U, assert_exact, both_sides
@@ -274,6 +276,21 @@ def test_the_same_tensor_twice() -> None:
     compiled = torch.compile(lambda z: VICRegLoss()(z, z)["loss"], fullgraph=True, backend="aot_eager")
     (actual,) = torch.autograd.grad(compiled(z), z)
     (true,) = torch.autograd.grad(VICRegLoss(backend="reference")(z, z)["loss"], z)
+    assert_exact([actual], [true])
+
+
+def test_the_same_tensor_apart_in_a_plan_of_three_views() -> None:
+    plan = Plan((0, 1, 2), (3,), (0, 1, 0, 2, 1, 2))
+    x, y = randn(12, 5, seed=1).requires_grad_(), randn(12, 5, seed=2)
+
+    def total(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return weighted_terms(plan, (25.0, 15.0, 1.0), [x, y, x])[1]
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(x, y), x)
+    inv = 2 * reference.invariance(x, y) / 3  # of three pairs, x with itself among them
+    var, cov = ((2 * term(x) + term(y)) / 3 for term in (reference.variance, reference.covariance))
+    (true,) = torch.autograd.grad(25 * inv + 15 * var + cov, x)
     assert_exact([actual], [true])
 
 

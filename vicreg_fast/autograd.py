@@ -1,5 +1,6 @@
 """The one autograd.Function of the losses: it composes the operators, and saves what the backward pass needs."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def weighted_terms(
     plan = plan._replace(weights=tuple(w / plan.groups_per_loss for w in inside))
     # Matches carry no gradient.
     locations = [z.detach() if z.requires_grad else z for z in locations]
-    if torch.compiler.is_compiling() and len(sources) > 1 and sources[0] is sources[1]:
+    if torch.compiler.is_compiling() and any(a is b for a, b in itertools.combinations(sources, 2)):
         sources = [source.view_as(source) for source in sources]  # Dynamo refuses the same tensor twice
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         flat = _WeightedTerms.apply(plan, *sources, *locations)  # type: ignore[no-untyped-call]
