@@ -176,3 +176,23 @@ def test_no_module_imports_one_above_it() -> None:
     above = {module: set(order[: order.index(module)]) for module in order}
     wrong = {module: imported(module) & above[module] for module in order if (ROOT / module).exists()}
     assert {module: names for module, names in wrong.items() if names} == {}
+
+
+# -- docs/notation.md ---------------------------------------------------------------------------------------------
+
+
+def pointers_of(source: str) -> set[str]:
+    """Names of the pointers that the kernels of a file take: parameters, and members of the file's NamedTuples."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+            names |= {argument.arg for argument in node.args.args}
+        elif isinstance(node, ast.ClassDef):
+            names |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}  # type: ignore[union-attr]
+    return {name for name in names if name.endswith("_ptr")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_every_pointer_of_a_kernel_is_in_the_key(path: Path) -> None:
+    named = set(re.findall(r"\b\w+_ptr\b", (ROOT / "docs" / "notation.md").read_text()))
+    assert pointers_of(path.read_text()) - named == set()
