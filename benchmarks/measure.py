@@ -85,7 +85,7 @@ def prepare(
         exact = _truth(truths, case, provider.definition, sets[0], bench)
         bench.free()
         errors = gate.errors(gate.evaluate(case, provider.losses, sets[0]), exact)
-    # All ranks need one verdict: a rank that went on alone would wait for the others.
+    # All ranks need one verdict: a rank that went on alone would wait for the other ranks.
     verdicts = bench.agree((entry["status"], entry["reason"]))
     if failed := [verdict for verdict in verdicts if verdict[0] != "right"]:
         entry["status"], entry["reason"] = min(failed)  # "error" before "out of memory"
@@ -103,7 +103,7 @@ def prepare(
 
 
 def _guard(bench: Bench, entry: Record) -> AbstractContextManager[None]:
-    """Record exceptions.  Of several ranks one that raised ends them all, or the others would wait for it."""
+    """Record exceptions.  Of several ranks one that raised ends them all, or the other ranks would wait."""
     return recorded(entry) if bench.ranks == 1 else nullcontext()
 
 
@@ -141,7 +141,7 @@ def measure(
     progress(f"{case.name}, timing")
     runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
     _time("launch", runs, record, bench, effort)
-    if bench.on_gpu and bench.ranks == 1:
+    if bench.has_graphs:
         # After the launches: a capture empties the cache of memory that they draw on.
         captured = {name: _captured(case, name, ready, truths, bench, record) for name, ready in steps.items()}
         progress(f"{case.name}, timing graphs")
@@ -157,7 +157,7 @@ def _time(mode: str, runs: Mapping[str, Run], record: Record, bench: Bench, effo
 
     times = timing.interleaved(runs, effort, lambda name: _guard(bench, entries[name]), stop)
     for name, rounds in times.items():
-        write_times(entries[name], rounds, bench.on_gpu and bench.ranks == 1)
+        write_times(entries[name], rounds, bench.has_graphs)
 
 
 def _captured(
@@ -166,7 +166,7 @@ def _captured(
     """Judged graphs of every set, each replayed once, because the first replay takes longer.
 
     None, with the reason in the record, where one is wrong or cannot be captured.  The graphs of the first set are judged
-    against float64, those of the others against the step without a graph.
+    against float64, those of the other sets against the step without a graph.
     """
     provider, captured = record["providers"][name], []
     launch, entry = provider["modes"]["launch"], mode_record("graph", provider)

@@ -1,5 +1,6 @@
 """Result files: JSON that ``results/schema.json`` describes, written whole after every shape."""
 
+import itertools
 import json
 import os
 import re
@@ -79,12 +80,7 @@ def find_resumable(folder: Path, document: Document, driver: str | None) -> tupl
 
 def new_path(folder: Path, name: str, commit: Mapping[str, Any], quick: bool) -> Path:
     """``<name>-<commit>.json``, with a number where that file exists."""
-    state = (
-        (commit["commit"] or "unknown") + ("-dirty" if commit["dirty"] else "") + ("-quick" if quick else "")
-    )
-    stem = re.sub(r"[^a-z0-9]+", "-", f"{name} {state}".lower()).strip("-")
-    path, number = folder / f"{stem}.json", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.json"
-    return path
+    words = [name, commit["commit"] or "unknown"] + ["dirty"] * bool(commit["dirty"]) + ["quick"] * quick
+    stem = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+    numbered = (folder / f"{stem}-{number}.json" for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder / f"{stem}.json"], numbered) if not path.exists())

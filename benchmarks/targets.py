@@ -27,23 +27,10 @@ def roofline(case: Case, ceilings: Mapping[str, Any], devices: int = 1) -> dict[
 
 def shape_record(case: Case, ceilings: Mapping[str, Any], session: int) -> Record:
     """The entry of a shape before it is measured."""
-    return {
-        "name": case.name,
-        "suite": case.suite,
-        "title": case.title,
-        "shape": case.shape,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "precision": case.precision,
-        "bound": gate.BOUNDS[case.matmul],
-        "samples": case.samples,
-        "session": session,
-        "status": "measured",
-        "reason": None,
-        "seconds": None,
-        "floor": roofline(case, ceilings),
-        "providers": {},
-        "targets": {},
-    }
+    record = {key: getattr(case, key) for key in ("name", "suite", "title", "shape", "precision", "samples")}
+    record |= {"dtype": str(case.dtype).removeprefix("torch."), "bound": gate.BOUNDS[case.matmul]}
+    record |= {"session": session, "status": "measured", "reason": None, "seconds": None}
+    return record | {"floor": roofline(case, ceilings), "providers": {}, "targets": {}}
 
 
 def failures(record: Record) -> Iterator[str]:
