@@ -166,8 +166,7 @@ def comparison(documents: Sequence[Document]) -> Iterator[str]:
 
 def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) -> int:
     """Write a page with figures, or README's tables, and print the path.  Raises :class:`UsageError` for a bad file."""
-    latest = list(results.kept(results.RESULTS))[-2 if compare else -1 :] if not files else []
-    paths = list(map(Path, files)) or latest
+    paths = list(map(Path, files)) or list(results.kept(results.RESULTS))[-2 if compare else -1 :]
     if not paths:
         measure = "measure one with: python -m benchmarks run"
         raise UsageError(f"no result in {results.RESULTS}: name a file, or {measure}")

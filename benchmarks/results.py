@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ import jsonschema
 
 SCHEMA, VERSION = "vicreg_fast.benchmark", 3
 RESULTS = Path(__file__).resolve().parent / "results"
+JSON_SCHEMA = json.loads((RESULTS / "schema.json").read_text())
 Document = dict[str, Any]
 
 
 class UsageError(ValueError):
     """An argument or a file that cannot be used.  The message names it and lists what is available."""
-
-
-@cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a result file."""
-    loaded: dict[str, Any] = json.loads((RESULTS / "schema.json").read_text())
-    return loaded
 
 
 def save(document: Document, path: Path) -> None:
@@ -50,7 +43,7 @@ def load(path: Path) -> Document:
     if document.get("version") != VERSION:
         raise UsageError(f"{path} has schema version {document.get('version')!r}; only {VERSION} can be read")
     try:
-        jsonschema.validate(document, schema())
+        jsonschema.validate(document, JSON_SCHEMA)
     except jsonschema.ValidationError as error:
         raise UsageError(f"{path} breaks the schema at {error.json_path}: {error.message[:200]}") from error
     loaded: Document = document

@@ -38,8 +38,8 @@ def chosen(arguments: Namespace, device: str) -> list[Case]:
     only = arguments.provider
     known = {"suite": (suites, SUITES), "shape": (arguments.shape, [case.name for case in CASES])}
     for kind, (requested, available) in {**known, "provider": (only, providers.names())}.items():
-        for name in set(requested or ()) - set(available):
-            raise UsageError(f"no {kind} {name!r}; known are {', '.join(available)}")
+        if unknown := [name for name in requested or () if name not in available]:
+            raise UsageError(f"no {kind} {unknown[0]!r}; known are {', '.join(available)}")
     names = arguments.shape or (QUICK[device] if arguments.quick else None)
     cases = [case for case in CASES if (case.name in names if names else device in case.devices)]
     cases = [case for case in cases if not suites or case.suite in suites]

@@ -1,7 +1,6 @@
 """How the benchmarks time: the order of rounds, quantiles, graphs that are judged, and peak memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ EFFORT = timing.Effort(2, 3, 0.0)
 
 def test_rounds_are_interleaved_and_a_failed_run_is_dropped() -> None:
     order: list[str] = []
-    failed: list[str] = []
 
     def run_of(name: str, last: int = 99) -> timing.Run:
         def run(index: int) -> dict[str, Times]:
@@ -32,18 +30,10 @@ def test_rounds_are_interleaved_and_a_failed_run_is_dropped() -> None:
 
         return run
 
-    @contextmanager
-    def guard(name: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError:
-            failed.append(name)
-
     runs = {"a": run_of("a"), "b": run_of("b", last=1), "c": run_of("c")}
-    times = timing.interleaved(runs, timing.Effort(3, 3, 0.0), guard)
+    times = timing.interleaved(runs, timing.Effort(3, 3, 0.0), lambda name: suppress(RuntimeError))
     # Each round starts at another run.
     assert order == ["a0", "b0", "c0", "b1", "c1", "a1", "a2", "c2", "c3", "a3"]
-    assert failed == ["b"]
     # The first round, index 0, is not counted.
     counted = {name: [t["both"].device for t in rounds] for name, rounds in times.items()}
     assert counted == {"a": [1.0, 2.0, 3.0], "c": [1.0, 2.0, 3.0]}
