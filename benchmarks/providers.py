@@ -201,8 +201,9 @@ def _compiled(case: Case, device: torch.device, definition: Definition, skip: st
 
 def _library(case: Case, library: libraries.Library) -> Provider:
     losses = libraries.find(library, *([tuple(case.shape["m"])] if case.suite == "vicregl" else []))
-    available = (None, losses) if isinstance(losses, str) else (losses, None)
-    return Provider(*available, library.definition)
+    if isinstance(losses, str):
+        return Provider(None, losses, library.definition)
+    return Provider(losses, None, library.definition)
 
 
 def makers(case: Case, device: torch.device, skip: str | None = None) -> dict[str, Callable[[], Provider]]:
@@ -212,7 +213,7 @@ def makers(case: Case, device: torch.device, skip: str | None = None) -> dict[st
     """
     definition, m, on_ranks = definition_of(case), case.shape.get("m", 0), case.suite == "distributed"
     made: dict[str, Callable[[], Provider]] = {}
-    losses = _eager_on_ranks if on_ranks else eager_of(case, definition)
+    losses: Losses = _eager_on_ranks if on_ranks else eager_of(case, definition)
     made["eager"] = lambda: Provider(losses, None, definition)
     if not on_ranks:
         made["compile"] = partial(_compiled, case, device, definition, skip)
