@@ -208,7 +208,7 @@ def _cpu(**targets: float) -> dict[str, Any]:
     return {"targets": {"cpu": targets} if targets else {}, "devices": ("cpu",)}
 
 
-_VICREG = tuple(_vicreg_cases())
+_VICREG = (*_vicreg_cases(),)
 _LOCAL = (
     local("highest", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 3.5)),
     local("bf16", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 4)),
