@@ -5,8 +5,8 @@ A shape is one element of the lists at the end of this file.  ``providers.py`` h
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,7 @@ def _maps(case: Case, generator: torch.Generator, device: torch.device) -> Input
     """Two maps, and for VICRegL random locations in the unit square, no two of whose distances are equal.
 
     Patch k of the second map is patch k of the first plus noise; then both are shuffled.  The noise grows by 8 % from
-    patch to patch, up to patch 32, so that float32 tells which matches are nearest and all providers find the same ones.
+    patch to patch, up to patch 32, so that float32 tells which matches are nearest and all providers return the same ones.
     """
     normal = partial(torch.randn, generator=generator, device=device)
     B, (P1, P2), C = (case.shape[letter] for letter in "BPC")
@@ -124,47 +124,47 @@ def vicreg(matmul: str, N: int, D: int, title: str = "", suite: str = "vicreg", 
 Pair = int | tuple[int, int]  # one number for both maps or directions, or one for each
 
 
-def _map_shape(matmul: str, B: int, patches: Pair, C: int) -> tuple[str, dict[str, Any], int, Counter[str]]:
-    """Size, shape, elements and the operations of the feature distances, for which TF32 is too coarse."""
-    P1, P2 = (patches, patches) if isinstance(patches, int) else patches
-    distances = Counter({"bf16" if matmul == "bf16" else "highest": 2 * B * P1 * P2 * C})
-    name = f"{B}x{P1 if P1 == P2 else f'{P1}+{P2}'}x{C}"
-    return name, {"B": B, "P": [P1, P2], "C": C}, B * (P1 + P2) * C, distances
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _name_of(pair: tuple[int, int]) -> str:
+    return "+".join(map(str, dict.fromkeys(pair)))
 
 
 def local(
-    matmul: str, B: int, patches: Pair, C: int, matches: Pair | None, title: str = "", *,
-    statistics: str = "image", match_order: str = "distance", **options: Any,
+    matmul: str, B: int, patches: Pair, C: int, matches: Pair | None = None, title: str = "", *,
+    statistics: str = "image", match_order: str = "distance", suite: str = "vicregl", **options: Any,
 ) -> Case:  # fmt: skip
     """VICRegL's local loss: two maps (B, P, C) and the locations (B, P, 2) of their patches.  ``matches`` None: all.
 
-    Feature distances, then VICReg of four match sets.  Location distances are negligible.
+    Feature distances, for which TF32 is too coarse, then VICReg of four match sets.  Location distances are negligible.
+    With suite "matching" only the nearest patches of the second map for those of the first, nearest first.
     """
-    size, shape, elements, distances = _map_shape(matmul, B, patches, C)
-    m1, m2 = shape["P"] if matches is None else (matches, matches) if isinstance(matches, int) else matches
-    shape |= {"m": [m1, m2], "statistics": statistics, "match_order": match_order}
-    half = 0
-    for m in (m1, m2):
-        problems, N = (B, m) if statistics == "image" else (m, B)
-        half += 2 * 2 * problems * N * C * min(N, C)  # the two match sets of this direction
-    operations = _by_part(distances + Counter({matmul: half}), Counter({matmul: 2 * half}))
-    count = "all" if matches is None else f"m{m1}" if m1 == m2 else f"m{m1}+{m2}"
-    name = f"vicregl-{size}-{count}{'' if statistics == 'image' else '-slot'}-{matmul}"
-    return Case("vicregl", name, matmul, shape, B, elements, operations, title, **options)
+    P, m = _pair(patches), _pair(patches if matches is None else matches)
+    distances = Counter({"bf16" if matmul == "bf16" else "highest": 2 * B * P[0] * P[1] * C})
+    shape: dict[str, Any] = {"B": B, "P": [*P], "C": C}
+    if suite == "matching":
+        shape["m"], operations = m[0], {"forward": distances}
+    else:
+        shape |= {"m": [*m], "statistics": statistics, "match_order": match_order}
+        # The samples of a problem are an image's matches, or a match slot of all images.
+        half = sum(2 * 2 * B * k * C * min(k if statistics == "image" else B, C) for k in m)
+        operations = _by_part(distances + Counter({matmul: half}), Counter({matmul: 2 * half}))
+    count = "all" if matches is None else f"m{_name_of(m)}"
+    slot = "" if statistics == "image" else "-slot"
+    name = f"{suite}-{B}x{_name_of(P)}x{C}-{count}{slot}-{matmul}"
+    return Case(suite, name, matmul, shape, B, B * sum(P) * C, operations, title, **options)
 
 
-def matching(
-    matmul: str, B: int, patches: Pair, C: int, matches: int | None = None, title: str = "", **options: Any
-) -> Case:
-    """The nearest patches of the second map for those of the first, nearest first; ``matches`` None: for all."""
-    size, shape, elements, distances = _map_shape(matmul, B, patches, C)
-    name = f"matching-{size}-{'all' if matches is None else f'm{matches}'}-{matmul}"
-    shape["m"] = matches or shape["P"][0]
-    return Case("matching", name, matmul, shape, B, elements, {"forward": distances}, title, **options)
+matching = partial(local, suite="matching")
 
 
-def _vicreg_on_gpu() -> list[Case]:
-    """ResNet-50's projector, a world model, video pixels, and lines over N and over D."""
+def _vicreg_cases() -> Iterator[Case]:
+    """On a GPU ResNet-50's projector, a world model, video pixels; lines over N and over D, there and on a CPU.
+
+    A CPU has one matmul precision, float32.  At its small shapes the number of operators sets the time.
+    """
     targets = {
         (256, 8192, "highest"): {"eager": 60, "compile": 25, "aten": 1.5, "floor": 0.40},
         (256, 8192, "high"): {"eager": 40, "compile": 20, "aten": 1.5, "floor": 0.35},
@@ -173,45 +173,31 @@ def _vicreg_on_gpu() -> list[Case]:
         (6528, 512, "bf16"): {"eager": 4, "compile": 2.5, "aten": 1.5, "floor": 0.50},
         (2_600_000, 64, "bf16"): {"eager": 5, "compile": 2, "aten": 2, "floor": 0.70},
     }
+    cpu_targets = {(256, 8192): 60, (1024, 8192): 12, (256, 2048): 10, (2048, 2048): 1.7, (2048, 512): 1.7}
+    cpu_targets |= {(655360, 64): 4}
     titles = {(256, 2048): "solo-learn; ResNet-50, 256 a GPU"}
     titles |= {(N, D): f"ResNet-50, {N} a GPU" for N in (64, 128, 256) for D in (8192, 16384)}
     titles |= {(N, 2048): f"ResNet-50, {N} a GPU" for N in (64, 128)}
     titles |= {(N, D): f"ResNet-50, batch of {N}" for N in (512, 2048, 4096) for D in (2048, 8192, 16384)}
     titles |= {(6528, 512): "world model", (2_600_000, 64): "pixels of a video"}
-    named = [(N, D, matmul) for N, D in titles for matmul in DTYPES]
     # Over N at D = 2048 and over D at N = 2048: the smaller side changes at 2048 x 2048.
     powers = [2**k for k in range(6, 15)]
-    lines = [(N, 2048, "high") for N in powers] + [(2048, D, "high") for D in powers]
-    small = [(64, 64, "high"), (512, 4096, "high"), (8192, 256, "high")]
-    cases = []
-    for key in dict.fromkeys([*named, *lines, *small]):
-        N, D, matmul = key
-        title = titles.get((N, D), "small" if N == D == 64 else "scaling")
-        compiled = key in targets or (matmul == "high" and (D == 8192 or (N, D) == (256, 2048)))
-        on_gpu = {"cuda": targets[key]} if key in targets else {}
-        cases.append(vicreg(matmul, N, D, title, targets=on_gpu, compiled=compiled))
-    return cases
-
-
-def _vicreg_on_cpu() -> list[Case]:
-    """float32, the only matmul precision of a CPU.  At the small shapes the number of operators sets the time."""
-    targets = {
-        (256, 8192): 60,
-        (1024, 8192): 12,
-        (256, 2048): 10,
-        (2048, 2048): 1.7,
-        (2048, 512): 1.7,
-        (655360, 64): 4,
-    }
+    lines = [(N, 2048) for N in powers] + [(2048, D) for D in powers] + [(64, 64), (512, 4096), (8192, 256)]
+    on_gpu = [(N, D, matmul) for N, D in titles for matmul in DTYPES] + [(N, D, "high") for N, D in lines]
     small = [(2, 1), (2, 4096), (8, 16), (33, 31), (64, 64), (128, 32), (4096, 1), (4096, 8), (256, 256)]
-    powers = [2**k for k in range(6, 14)]
-    lines = [(N, 512) for N in powers] + [(512, D) for D in powers]
-    cases = []
-    for N, D in dict.fromkeys([*targets, *small, (8192, 256), *lines]):
-        compiled = (N, D) in ((256, 2048), (2048, 512))
-        goals = {"cpu": {"eager": targets.get((N, D), 1.0)}}
-        cases.append(vicreg("highest", N, D, "on a CPU", targets=goals, devices=("cpu",), compiled=compiled))
-    return cases
+    cpu_lines = [(8192, 256)] + [(N, 512) for N in powers[:-1]] + [(512, D) for D in powers[:-1]]
+    on_cpu = [(N, D, "highest") for N, D in (*cpu_targets, *small, *cpu_lines)]
+    for key in dict.fromkeys([*on_gpu, *on_cpu]):
+        N, D, matmul = key
+        other = "on a CPU" if key not in on_gpu else "small" if N == D == 64 else "scaling"
+        compiled = key in targets or (matmul == "high" and (D == 8192 or (N, D) == (256, 2048)))
+        compiled |= key in ((256, 2048, "highest"), (2048, 512, "highest"))
+        goals = {"cuda": targets[key]} if key in targets else {}
+        if key in on_cpu:
+            goals["cpu"] = {"eager": cpu_targets.get((N, D), 1.0)}
+        devices = [device for device, keys in (("cuda", on_gpu), ("cpu", on_cpu)) if key in keys]
+        title = titles.get((N, D), other) if key in on_gpu else other
+        yield vicreg(matmul, N, D, title, targets=goals, devices=devices, compiled=compiled)
 
 
 def _cuda(**targets: float) -> dict[str, Any]:
@@ -222,6 +208,7 @@ def _cpu(**targets: float) -> dict[str, Any]:
     return {"targets": {"cpu": targets} if targets else {}, "devices": ("cpu",)}
 
 
+_VICREG = (*_vicreg_cases(),)
 _LOCAL = (
     local("highest", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 3.5)),
     local("bf16", 128, 49, 512, 20, "ResNet-50 maps", **_cuda(eager=60, aten=4, floor=1 / 4)),
@@ -255,23 +242,7 @@ _DISTRIBUTED = (
 )
 
 
-def _merged(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """One case of each name, with the targets and devices of all cases of that name."""
-    merged: dict[str, Case] = {}
-    for case in cases:
-        if (first := merged.get(case.name)) is not None:
-            case = replace(
-                first,
-                title=case.title if first.title in ("scaling", "on a CPU") else first.title,
-                targets={**case.targets, **first.targets},
-                devices=tuple(dict.fromkeys([*first.devices, *case.devices])),
-                compiled=first.compiled or case.compiled,
-            )
-        merged[case.name] = case
-    return tuple(merged.values())
-
-
-CASES = _merged([*_vicreg_on_gpu(), *_vicreg_on_cpu(), *_LOCAL, *_MATCHING, *_DISTRIBUTED])
+CASES = (*_VICREG, *_LOCAL, *_MATCHING, *_DISTRIBUTED)
 SUITES = tuple(dict.fromkeys(case.suite for case in CASES))
 # Every suite in one minute: one shape of each kind on a GPU, small ones on a CPU.
 QUICK = {

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from . import gate, providers, targets
-from .cases import CASES, Case, Inputs, vicreg
+from .cases import Case, Inputs, vicreg
 from .libraries import Definition
 from .measure import Record, measure
 from .timing import Bench, Call, Effort, Times
@@ -62,11 +62,11 @@ class RankBench(Bench):
         parts = [case.inputs(seed, self.device) for seed in range(self.ranks)]
         rows = tuple(torch.cat([part[k].detach() for part in parts]).requires_grad_() for k in range(2))
         values, gradients = gate.truth(case, definition, rows)
-        own = {
-            name: tuple(self.ranks * g.chunk(self.ranks)[self.rank] for g in gs)
-            for name, gs in gradients.items()
-        }
-        return gate.Evaluation(values, own)
+
+        def own(gradient: torch.Tensor) -> torch.Tensor:
+            return self.ranks * gradient.chunk(self.ranks)[self.rank]
+
+        return gate.Evaluation(values, {name: tuple(map(own, group)) for name, group in gradients.items()})
 
 
 def measure_ranks(
@@ -85,13 +85,13 @@ def measure_ranks(
     record["floor"] = targets.roofline(together, ceilings, devices)
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "output")
-        arguments = (ranks, os.path.join(folder, "store"), output, case.name, device.type, effort, only)
+        arguments = (ranks, os.path.join(folder, "store"), output, case, device.type, effort, only)
         mp.spawn(_rank, arguments, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
         record["providers"] = torch.load(output, weights_only=True)
 
 
 def _rank(
-    rank: int, ranks: int, store: str, output: str, name: str, kind: str, effort: Effort, only: Any
+    rank: int, ranks: int, store: str, output: str, case: Case, kind: str, effort: Effort, only: Any
 ) -> None:
     """The work of one process.  The first rank writes the output."""
     # all_gather is deprecated, but it is the one gather with gradient in every torch from 2.10 on.
@@ -101,7 +101,6 @@ def _rank(
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    (case,) = [case for case in CASES if case.name == name]
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
     try:

@@ -15,6 +15,7 @@ from .providers import PROVIDERS
 from .targets import duration
 
 Document = Mapping[str, Any]
+MODES = {"graph": "CUDA graphs", "launch": "called from Python"}
 # matplotlib's style, the ground of GitHub's page, and the text.
 _THEMES = {"light": ("default", "#ffffff", "#1f2328"), "dark": ("dark_background", "#0d1117", "#e6edf3")}
 # Legible on both grounds and distinct without red and green.  Grey is eager code's.
@@ -24,11 +25,13 @@ _COLOURS = ("#8c8c8c", "#12a37f", "#3b86cc", "#d9822b", "#c9648f", "#9a7bd1", "#
 def label(document: Document) -> str:
     """A result in one line: device, versions, commit, time and mode."""
     about, date = document["machine"], document["sessions"][-1]["date"]
-    words = [about["device"], f"torch {about['torch']}"] + [f"Triton {about['triton']}"] * (
-        about["kind"] == "cuda"
-    )
-    words += [str(document["commit"]["commit"])[:7], date[:16].replace("T", " ")]
-    words.append("CUDA graphs" if targets.mode_of(document) == "graph" else "called from Python")
+    words = [about["device"], f"torch {about['torch']}"]
+    words += [f"Triton {about['triton']}"] * (about["kind"] == "cuda")
+    words += [
+        str(document["commit"]["commit"])[:7],
+        date[:16].replace("T", " "),
+        MODES[targets.mode_of(document)],
+    ]
     words += ["quick"] * document["asked"]["quick"] + ["stopped"] * (not document["complete"])
     return ("NOT MEASURED: " if "fixture" in document else "") + ", ".join(words)
 
@@ -54,12 +57,8 @@ def plot(
     for theme, (style, ground, text) in _THEMES.items():
         settings: dict[str, Any] = {f"{what}.facecolor": ground for what in ("figure", "axes", "savefig")}
         settings |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), text)
-        settings |= {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-            "axes.axisbelow": True,
-        }
+        settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+        settings |= {"font.size": 9, "axes.axisbelow": True}
         with plt.style.context([style, settings]):
             height = 4.2 if lines else 1.2 + 0.22 * len(frame) * max(1.4, frame.shape[1])
             figure, axes = plt.subplots(figsize=(8.4, height), layout="constrained")
@@ -74,14 +73,13 @@ def plot(
                     words = frame[column].map(unit, na_action="ignore").fillna("")
                     axes.bar_label(bars, list(words), padding=3, fontsize=8)  # type: ignore[arg-type]
             (axes.yaxis if lines else axes.xaxis).set_major_formatter(lambda value, _: unit(value))
-            axes.xaxis.set_minor_formatter("")
-            axes.yaxis.set_minor_formatter("")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter("")
             axes.grid(alpha=0.3, axis="y" if lines else "x")
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)
             if frame.shape[1] > 1:
-                figure.legend(
-                    loc="outside lower left", frameon=False, ncols=1 if len(frame.columns[0]) > 30 else 4
-                )
+                columns = 1 if len(frame.columns[0]) > 30 else 4
+                figure.legend(loc="outside lower left", frameon=False, ncols=columns)
             # No date and no version: the same result gives the same bytes on one machine.
             figure.savefig(f"{path}-{theme}.png", dpi=120, metadata={"Software": None, "Source": source})
             plt.close(figure)
@@ -138,19 +136,14 @@ def draw(documents: Sequence[Document], folder: Path, prefix: str = "") -> list[
         title, frame = f"Time of forward and backward over {along}, at {fixed}", frames[0]
         if len(documents) == 1:
             title += f"\n{label(documents[0])}"
-            table = frame.pivot(index="shape", columns="provider", values="median")
-            table = table.reindex(columns=[name for name in PROVIDERS if name in table]).dropna(
-                axis=1, how="all"
-            )
-            table["roofline bound"] = frame.groupby("shape")["bound"].first()
+            table = targets.pivot(frame, frame["median"])
+            table = table[[name for name in table if name in PROVIDERS]].dropna(axis=1, how="all")
+            table["roofline bound"] = frame.groupby("shape")["seconds"].first()
         else:
             medians = [frame[frame["ours"]].set_index("shape")["median"] for frame in frames]
             table = pd.DataFrame(dict(zip(labels(documents), medians, strict=True)))
-        table = (
-            table.reindex([shape for shape in sizes if shape in table.index])
-            .rename(index=sizes)
-            .rename_axis(along)
-        )
+        table = table.reindex([shape for shape in sizes if shape in table.index])
+        table = table.rename(index=sizes).rename_axis(along)
         if len(table) > 2:
             drawn.append(plot(table, folder / f"{prefix}scaling-{along}", title, duration, lines=True))
     return drawn

@@ -54,7 +54,7 @@ class Graphs:
 
     def replayed(self) -> list[Outputs]:
         """Replay everything into memory full of NaN (indices: zero), which shows work that a graph leaves out."""
-        with torch.no_grad():  # a gradient may be a view, which autograd does not let others write
+        with torch.no_grad():  # a gradient may be a view, which autograd lets nothing else write
             for _, outputs in self._captures:
                 for tensor in (*outputs.results.values(), *outputs.gradients):
                     tensor.fill_(torch.nan if tensor.is_floating_point() else 0)

@@ -61,16 +61,14 @@ def _uuid(device: torch.device) -> str | None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device and the versions of the software that runs on it; null for what does not apply."""
-    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return {
-        "device": devices()[str(device)],
-        "kind": device.type,
-        "index": device.index,
-        "uuid": None if gpu is None else _uuid(device),
-        "capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",
-        "multiprocessors": None if gpu is None else gpu.multi_processor_count,
-        "l2_bytes": None if gpu is None else gpu.L2_cache_size,
-        "memory_bytes": None if gpu is None else gpu.total_memory,
+    about: dict[str, Any] = {"device": devices()[str(device)], "kind": device.type, "index": device.index}
+    about |= dict.fromkeys(("uuid", "capability", "multiprocessors", "l2_bytes", "memory_bytes"))
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        about |= {"uuid": _uuid(device), "capability": f"{gpu.major}.{gpu.minor}"}
+        about |= {"multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size}
+        about["memory_bytes"] = gpu.total_memory
+    return about | {
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "torch": torch.__version__,
@@ -80,14 +78,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": _cpu(),
         "threads": torch.get_num_threads(),
         # These change the kernels' configurations.
-        "environment": {
-            name: os.environ[name] for name in sorted(os.environ) if name.startswith("VICREG_FAST_")
-        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("VICREG_FAST_")},
     }
 
 
 def load() -> float | None:
-    """The average number of processes that waited for a CPU in the last minute; None where the system has no such number."""
+    """The average number of processes that waited for a CPU in the last minute; None where the system has no such value."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):

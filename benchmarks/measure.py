@@ -20,6 +20,7 @@ from .timing import Bench, Effort, Run, Step, Times, tensor_bytes
 
 Record = dict[str, Any]
 Truths = dict[Definition, gate.Evaluation | Exception]  # the float64 answer by definition
+_MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError)
 # The CPU allocator raises a plain RuntimeError; so do the driver, when it builds a graph, Triton and cuBLAS.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -27,13 +28,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC
 def provider_record(provider: Provider) -> Record:
     """The entry of a provider before it is judged."""
     status = "unavailable" if provider.losses is None else "right"
-    record = {
-        "status": status,
-        "reason": provider.reason,
-        "definition": provider.definition._asdict(),
-        "errors": None,
-    }
-    return record | {"peak_bytes": dict.fromkeys(PARTS), "modes": {}}
+    record = {"status": status, "reason": provider.reason, "definition": provider.definition._asdict()}
+    return record | {"errors": None, "peak_bytes": dict.fromkeys(PARTS), "modes": {}}
 
 
 def mode_record(mode: str, provider: Record) -> Record:
@@ -52,21 +48,13 @@ def recorded(entry: Record) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [""]
         # The message of a failed rank ends with the rank's own exception.
         line = lines[-1 if isinstance(error, ProcessRaisedException) else 0].strip()
-        if _is_out_of_memory(error):
-            entry.update(status="out of memory", reason=line)
-        else:
-            entry.update(status="error", reason=f"{type(error).__name__}: {line}")
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    # A capture that runs out of memory raises a second exception where it ends: the first is its context.
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-            w in str(error) for w in _OUT_OF_MEMORY
-        ):
-            return True
-        error = error.__context__
-    return False
+        entry.update(status="error", reason=f"{type(error).__name__}: {line}")
+        # A capture that runs out of memory raises a second exception where it ends: the first is its context.
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, _MEMORY_ERRORS) or any(words in str(cause) for words in _OUT_OF_MEMORY):
+                entry.update(status="out of memory", reason=line)
+            cause = cause.__context__
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -97,13 +85,9 @@ def prepare(
         exact = _truth(truths, case, provider.definition, sets[0], bench)
         bench.free()
         errors = gate.errors(gate.evaluate(case, provider.losses, sets[0]), exact)
-    # All ranks need one verdict: a rank that went on alone would wait for the others.
-    failed = [
-        (status, reason)
-        for status, reason in bench.agree((entry["status"], entry["reason"]))
-        if status != "right"
-    ]
-    if failed:
+    # All ranks need one verdict: a rank that went on alone would wait for the other ranks.
+    verdicts = bench.agree((entry["status"], entry["reason"]))
+    if failed := [verdict for verdict in verdicts if verdict[0] != "right"]:
         entry["status"], entry["reason"] = min(failed)  # "error" before "out of memory"
         return []
     errors = dict(zip(errors, bench.largest(list(errors.values())), strict=True))
@@ -119,7 +103,7 @@ def prepare(
 
 
 def _guard(bench: Bench, entry: Record) -> AbstractContextManager[None]:
-    """Record exceptions.  Of several ranks one that raised ends them all, or the others would wait for it."""
+    """Record exceptions.  Of several ranks one that raised ends them all, or the other ranks would wait."""
     return recorded(entry) if bench.ranks == 1 else nullcontext()
 
 
@@ -150,29 +134,30 @@ def measure(
     truths: Truths = {}
     steps: dict[str, list[Step]] = {}
     for name, provider in providers.providers(case, bench.device, only, skip_compile):
-        progress(f"judging {name}")
+        progress(f"{case.name}, judging {name}")
         entry = record["providers"][name] = provider_record(provider)
         if ready := prepare(case, provider, bench, sets, truths, entry):
             steps[name] = ready
-    progress("timing")
-    _time(
-        "launch", {name: timing.launched(bench, ready) for name, ready in steps.items()}, record, bench, effort
-    )
-    if bench.on_gpu and bench.ranks == 1:
+    progress(f"{case.name}, timing")
+    runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
+    _time("launch", runs, record, bench, effort)
+    if bench.has_graphs:
         # After the launches: a capture empties the cache of memory that they draw on.
         captured = {name: _captured(case, name, ready, truths, bench, record) for name, ready in steps.items()}
-        progress("timing graphs")
-        runs = {name: graphs.replayed(bench, found) for name, found in captured.items() if found}
+        progress(f"{case.name}, timing graphs")
+        runs = {name: graphs.replayed(bench, ready) for name, ready in captured.items() if ready}
         _time("graph", runs, record, bench, effort)
 
 
 def _time(mode: str, runs: Mapping[str, Run], record: Record, bench: Bench, effort: Effort) -> None:
     entries = {name: mode_record(mode, record["providers"][name]) for name in runs}
-    times = timing.interleaved(
-        runs, effort, lambda name: _guard(bench, entries[name]), lambda over: bool(bench.agree(over)[0])
-    )  # the first rank's clock decides for all
+
+    def stop(over: bool) -> bool:  # the first rank's clock decides for all
+        return bool(bench.agree(over)[0])
+
+    times = timing.interleaved(runs, effort, lambda name: _guard(bench, entries[name]), stop)
     for name, rounds in times.items():
-        write_times(entries[name], rounds, bench.on_gpu and bench.ranks == 1)
+        write_times(entries[name], rounds, bench.has_graphs)
 
 
 def _captured(
@@ -181,7 +166,7 @@ def _captured(
     """Judged graphs of every set, each replayed once, because the first replay takes longer.
 
     None, with the reason in the record, where one is wrong or cannot be captured.  The graphs of the first set are judged
-    against float64, those of the others against the step without a graph.
+    against float64, those of the other sets against the step without a graph.
     """
     provider, captured = record["providers"][name], []
     launch, entry = provider["modes"]["launch"], mode_record("graph", provider)
@@ -189,10 +174,8 @@ def _captured(
         entry.update(status=launch["status"], reason=launch["reason"])
         return []
     with recorded(entry), timing.collected():
-        pool, exact = (
-            torch.cuda.graph_pool_handle(),
-            _truth(truths, case, Definition(**provider["definition"]), (), bench),
-        )
+        pool = torch.cuda.graph_pool_handle()
+        exact = _truth(truths, case, Definition(**provider["definition"]), (), bench)
         for index, step in enumerate(steps):
             if index > 0:
                 step.both()

@@ -114,10 +114,6 @@ def eager_local(
     return _weighted(terms, definition)
 
 
-def _exact(queries: Tensor, candidates: Tensor) -> Tensor:
-    return reference.distances(queries.float(), candidates.float())
-
-
 def _cdist(queries: Tensor, candidates: Tensor) -> Tensor:
     return torch.cdist(queries.float(), candidates.float())
 
@@ -145,7 +141,7 @@ def eager_of(case: Case, definition: Definition) -> Losses:
     if case.suite == "vicregl":
         return partial(eager_local, case.shape["m"], reference.distances, definition)
     if case.suite == "matching":
-        return partial(_nearest, case.shape["m"], _exact)
+        return partial(_nearest, case.shape["m"], lambda x, y: reference.distances(x.float(), y.float()))
     return partial(eager, definition)
 
 
@@ -153,9 +149,8 @@ def eager_of(case: Case, definition: Definition) -> Losses:
 
 
 def _matches(m: int, backend: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    return dict(
-        zip(("query", "candidate", "distance"), functional.match_patches(x, y, m, backend=backend), strict=True)
-    )
+    matches = functional.match_patches(x, y, m, backend=backend)
+    return dict(zip(("query", "candidate", "distance"), matches, strict=True))
 
 
 def ours_of(case: Case, backend: str, definition: Definition) -> Losses:
@@ -191,10 +186,9 @@ def _keep_compiler() -> None:
 
 
 def _compiled(case: Case, device: torch.device, definition: Definition, skip: str | None) -> Provider:
-    if skip is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        skip = "Inductor needs Triton"
-    if skip is not None:
-        return Provider(None, skip, definition)
+    needs_triton = device.type == "cuda" and importlib.util.find_spec("triton") is None
+    if skip or needs_triton:
+        return Provider(None, skip or "Inductor needs Triton", definition)
     # Compiled anew for each shape, as for a user with one shape: Dynamo gives up after eight recompilations.
     torch.compiler.reset()
     _keep_compiler()
@@ -219,9 +213,8 @@ def makers(case: Case, device: torch.device, skip: str | None = None) -> dict[st
     """
     definition, m, on_ranks = definition_of(case), case.shape.get("m", 0), case.suite == "distributed"
     made: dict[str, Callable[[], Provider]] = {}
-    made["eager"] = lambda: Provider(
-        _eager_on_ranks if on_ranks else eager_of(case, definition), None, definition
-    )
+    losses: Losses = _eager_on_ranks if on_ranks else eager_of(case, definition)
+    made["eager"] = lambda: Provider(losses, None, definition)
     if not on_ranks:
         made["compile"] = partial(_compiled, case, device, definition, skip)
     if case.suite == "vicregl":

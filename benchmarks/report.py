@@ -1,7 +1,8 @@
 """``python -m benchmarks report``: tables and figures of results, and the tables of README.md and docs/benchmarks.md."""
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 from . import figures, machine, providers, results, targets
 from .cases import CASES, PARTS
 from .results import Document, UsageError
-from .targets import duration, size
+from .targets import duration, pivot, size
 
 times = "{:.3g}x".format
 README, GUIDE = machine.ROOT / "README.md", machine.ROOT / "docs" / "benchmarks.md"
@@ -33,33 +34,21 @@ def _texts(frame: pd.DataFrame) -> "pd.Series[Any]":
     return frame["median"].map(duration, na_action="ignore").fillna(frame["status"].replace("unavailable", "–"))
 
 
-def _pivot(frame: pd.DataFrame, values: "pd.Series[Any]") -> pd.DataFrame:
-    """A row for each shape and a column for each provider, both in order."""
-    wide = frame.assign(values=values).pivot(index="shape", columns="provider", values="values")
-    order = [name for name in providers.names() if name in wide]
-    return wide.reindex(index=frame["shape"].unique(), columns=order)
-
-
 def tables(document: Document) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Title, table and rows of every suite and mode: each provider's time, and vicreg_fast's speed-ups and rates."""
     frame = targets.frame(document)
-    for suite, mode in ((suite, mode) for suite in SUITES for mode in targets.MODES):
+    for suite, mode in itertools.product(SUITES, targets.MODES):
         rows = frame[(frame["suite"] == suite) & frame["mode"].isin([mode, ""])]
         if not (rows["mode"] == mode).any():
             continue
         shown = rows.groupby("provider")["status"].transform(lambda status: (status != "unavailable").any())
-        table, medians = _pivot(rows[shown], _texts(rows)), _pivot(rows, rows["median"])
+        table, medians = pivot(rows[shown], _texts(rows)), pivot(rows, rows["median"])
         us = rows[rows["ours"]].set_index("shape").reindex(table.index)
-        rates = {
-            f"speed-up over {name}": (medians[name], "{:.3g}x") for name in ("eager", "aten") if name in medians
-        }
-        if "triton" not in table:
-            rates.pop("speed-up over aten", None)
+        others = ("eager", "aten") if "triton" in table else ("eager",)
+        rates = {f"speed-up over {name}": (medians[name], "{:.3g}x") for name in others if name in medians}
         rates |= {"samples/s": (us["samples"], "{:,.0f}"), "GB/s": (us["bytes"] / 1e9, "{:.3g}")}
-        rates |= {
-            "TFLOP/s": (us["operations"] / 1e12, "{:.3g}"),
-            "% of roofline": (100 * us["bound"], "{:.3g}%"),
-        }
+        rates["TFLOP/s"] = us["operations"] / 1e12, "{:.3g}"
+        rates["% of roofline"] = 100 * us["seconds"], "{:.3g}%"
         for name, (amount, words) in rates.items():
             table[name] = (amount / us["median"]).map(words.format, na_action="ignore")
         yield f"{SUITES[suite]}, mode {mode}", markdown(table.reset_index()), rows[rows["mode"] == mode]
@@ -68,10 +57,9 @@ def tables(document: Document) -> Iterator[tuple[str, str, pd.DataFrame]]:
 def not_timed(document: Document) -> str:
     """Every shape and provider without a time, grouped by the reason."""
     columns = ["shape", "provider", "status", "reason"]
-    shapes = pd.DataFrame(
-        [(r["name"], "all", r["status"], r["reason"]) for r in document["cases"]], columns=columns
-    )
-    frame = pd.concat([shapes, targets.frame(document)[columns]]).dropna(subset="reason")
+    shapes = [(record["name"], "all", record["status"], record["reason"]) for record in document["cases"]]
+    frame = pd.concat([pd.DataFrame(shapes, columns=columns), targets.frame(document)[columns]])
+    frame = frame.dropna(subset="reason")
     grouped = frame.groupby(columns[1:], sort=False)["shape"].agg(["first", "size"]).reset_index()
     return markdown(grouped.rename(columns={"first": "first shape", "size": "shapes"})) if len(frame) else ""
 
@@ -94,16 +82,15 @@ def page(document: Document) -> Iterator[str]:
     yield _about(document)
     sections = {"Targets": _targets(document)}
     for title, table, rows in tables(document):
-        details = rows[["shape", "provider"]].copy()
-        for part in PARTS:
-            details[part] = rows[part].map(_spread, na_action="ignore")
-        details["host"] = rows["host"].map(duration, na_action="ignore")
-        details["rounds"] = rows["rounds"].map("{:.0f}".format, na_action="ignore")
+        details = rows[["shape", "provider", *PARTS, "host", "rounds"]].copy()
+        formats: dict[str, Callable[[Any], str]] = {"host": duration, "rounds": "{:.0f}".format}
+        for name, words_of in (dict.fromkeys(PARTS, _spread) | formats).items():
+            details[name] = details[name].map(words_of, na_action="ignore")
         words = "<details><summary>medians, 20 % and 80 % quantiles, host time</summary>"
         sections[title] = f"{table}\n\n{words}\n\n{markdown(details)}\n\n</details>"
     sections["Other libraries, each beside vicreg_fast with the library's definition"] = _libraries(document)
     frame = targets.frame(document).drop_duplicates(["shape", "provider"]).dropna(subset="peak")
-    peaks = _pivot(frame, frame["peak"].map(size))
+    peaks = pivot(frame, frame["peak"].map(size))
     sections["Peak memory beyond inputs and gradients"] = markdown(peaks.reset_index()) if len(frame) else ""
     sections["Not timed"] = not_timed(document)
     for title, body in sections.items():
@@ -126,18 +113,14 @@ def _about(document: Document) -> str:
 
 def _targets(document: Document) -> str:
     verdicts = [
-        (
-            record["name"],
-            mode,
-            "share of the roofline bound" if name == "floor" else f"speed-up over {name}",
-            *v.values(),
-        )
+        (record["name"], mode, f"speed-up over {name}", *verdict.values())
         for record in document["cases"]
         for mode, judged in record["targets"].items()
-        for name, v in judged.items()
-        if v["asked"] is not None
+        for name, verdict in judged.items()
+        if verdict["asked"] is not None
     ]
     frame = pd.DataFrame(verdicts, columns=["shape", "mode", "what", "target", "measured", "met"])
+    frame["what"] = frame["what"].replace("speed-up over floor", "share of the roofline bound")
     for column in ("target", "measured"):
         frame[column] = frame[column].astype(float).map("{:.3g}".format, na_action="ignore")
     frame["met"] = frame["met"].map({True: "met", False: "**missed**"}).fillna("not measured")
@@ -152,16 +135,12 @@ def _libraries(document: Document) -> str:
         return ""
     frame["library"], frame["time"] = frame["provider"].str.removeprefix(providers.AS), _texts(frame)
     theirs = frame[frame["provider"].isin(providers.LIBRARIES)]
-    both = theirs.merge(
-        frame[frame["provider"].str.startswith(providers.AS)], "left", on=["library", "shape", "mode"]
-    )
-    table = both[["library", "shape", "mode"]].assign(
-        library=[f"{n} {document['libraries'][n]}" for n in both["library"]]
-    )
-    table["library's time"], table["vicreg_fast"] = both["time_x"], both["time_y"]
-    return markdown(
-        table.assign(**{"speed-up": (both["median_x"] / both["median_y"]).map(times, na_action="ignore")})
-    )
+    ours = frame[frame["provider"].str.startswith(providers.AS)]
+    table = theirs.merge(ours, "left", on=["library", "shape", "mode"], suffixes=("", " of ours"))
+    table["library"] += " " + table["library"].map(document["libraries"]).astype(str)
+    table["speed-up"] = (table["median"] / table["median of ours"]).map(times, na_action="ignore")
+    table = table.rename(columns={"time": "library's time", "time of ours": "vicreg_fast"})
+    return markdown(table[["library", "shape", "mode", "library's time", "vicreg_fast", "speed-up"]])
 
 
 def comparison(documents: Sequence[Document]) -> Iterator[str]:
@@ -187,13 +166,10 @@ def comparison(documents: Sequence[Document]) -> Iterator[str]:
 
 def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) -> int:
     """Write a page with figures, or README's tables, and print the path.  Raises :class:`UsageError` for a bad file."""
-    paths = [Path(name) for name in files]
+    paths = list(map(Path, files)) or list(results.kept(results.RESULTS))[-2 if compare else -1 :]
     if not paths:
-        paths = list(results.kept(results.RESULTS))[-2 if compare else -1 :]
-    if not paths:
-        raise UsageError(
-            f"no result in {results.RESULTS}: name a file, or measure one with: python -m benchmarks run"
-        )
+        measure = "measure one with: python -m benchmarks run"
+        raise UsageError(f"no result in {results.RESULTS}: name a file, or {measure}")
     documents = [results.load(path) for path in paths]
     if compare and len(documents) < 2:
         raise UsageError("--compare needs two result files or more")
@@ -201,14 +177,12 @@ def write(files: Sequence[str], compare: bool, out: str | None, readme: bool) ->
         if len(documents) > 1 or out is not None or compare:
             raise UsageError("--readme takes one result file and neither --out nor --compare")
         return _write_readme(documents[0], paths[0])
-    folder, prefix = Path(out or "benchmark-report"), "compare-" if compare else ""
+    folder = Path(out or "benchmark-report")
     path = folder / ("compare.md" if compare else "report.md")
-    pages = (
-        comparison(documents) if compare else (section for document in documents for section in page(document))
-    )
+    pages = comparison(documents) if compare else itertools.chain.from_iterable(map(page, documents))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = figures.draw(documents, folder, prefix)
+        pictures = figures.draw(documents, folder, "compare-" if compare else "")
         path.write_text("\n\n".join([*pages, *pictures]) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
@@ -225,24 +199,22 @@ def blocks(document: Document, path: Path) -> dict[str, str]:
     threads = f", {about['threads']} threads" if about["kind"] == "cpu" else ""
     source = f"Measured on {about['device']}{threads}, torch {about['torch']}, on {session['date'][:10]} by "
     source += (
-        f"`{session['command']}`; {'CUDA graphs' if mode == 'graph' else 'called from Python'}, medians, from "
+        f"`{session['command']}`; {figures.MODES[mode]}, medians, from `benchmarks/results/{path.name}`.\n\n"
     )
-    source += f"`benchmarks/results/{path.name}`.\n\n"
     if document["asked"]["providers"] is not None:
         return {"library table": source + _libraries(document)}
     frame = targets.frame(document)
     frame = frame[frame["has target"] & (frame["mode"] == mode)]
     eager, us = (frame[rows].set_index("shape") for rows in (frame["provider"] == "eager", frame["ours"]))
-    texts = {}
-    for mark, key, words, ratio in (
-        ("speed", "median", duration, "speed-up"),
-        ("memory", "peak", size, "eager / vicreg_fast"),
-    ):
-        table = pd.DataFrame({"eager": eager[key].map(words), "vicreg_fast": us[key].map(words)})
-        table[ratio] = (eager[key] / us[key]).map("{:.1f}x".format)
-        texts[f"{mark} table"] = source + markdown(table.reindex(us.index).reset_index())
+
+    def table(key: str, words: Callable[[float], str], ratio: str) -> str:
+        columns = {"eager": eager[key].map(words), "vicreg_fast": us[key].map(words)}
+        columns[ratio] = (eager[key] / us[key]).map("{:.1f}x".format)
+        return source + markdown(pd.DataFrame(columns).reindex(us.index).reset_index())
+
     picture = figures.picture("docs/speed", f"Speed-up over eager code on {about['device']}")
-    return texts | {"speed table": f"{texts['speed table']}\n\n{picture}"}
+    speed = f"{table('median', duration, 'speed-up')}\n\n{picture}"
+    return {"speed table": speed, "memory table": table("peak", size, "eager / vicreg_fast")}
 
 
 def between(text: str, mark: str, new: str | None = None) -> str | None:
@@ -250,10 +222,10 @@ def between(text: str, mark: str, new: str | None = None) -> str | None:
 
     None where there is no such marker.
     """
-    found = re.search(rf"(<!-- {mark} -->\n)(.*?)(<!-- end -->)", text, re.DOTALL)
-    if found is None:
+    match = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    if match is None:
         return None
-    return found[2].rstrip("\n") if new is None else f"{text[: found.start(2)]}{new}\n{text[found.end(2) :]}"
+    return match[1].rstrip("\n") if new is None else f"{text[: match.start(1)]}{new}\n{text[match.end(1) :]}"
 
 
 def _write_readme(document: Document, path: Path) -> int:
@@ -263,9 +235,8 @@ def _write_readme(document: Document, path: Path) -> int:
     whole = document["asked"] == {"shapes": everything, "providers": None, "quick": False}
     with_libraries = document["asked"]["providers"] is not None and bool(_libraries(document))
     if not document["complete"] or not (whole or with_libraries) or "fixture" in document:
-        raise UsageError(
-            f"README shows complete runs, of all shapes or with other libraries; {path} is neither"
-        )
+        shown = "README shows complete runs, of all shapes or with other libraries"
+        raise UsageError(f"{shown}; {path} is neither")
     for file in (README, GUIDE):
         text = file.read_text()
         for mark, block in blocks(document, path).items():

@@ -1,10 +1,10 @@
 """Result files: JSON that ``results/schema.json`` describes, written whole after every shape."""
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,12 @@ import jsonschema
 
 SCHEMA, VERSION = "vicreg_fast.benchmark", 3
 RESULTS = Path(__file__).resolve().parent / "results"
+JSON_SCHEMA = json.loads((RESULTS / "schema.json").read_text())
 Document = dict[str, Any]
 
 
 class UsageError(ValueError):
     """An argument or a file that cannot be used.  The message names it and lists what is available."""
-
-
-@cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a result file."""
-    loaded: dict[str, Any] = json.loads((RESULTS / "schema.json").read_text())
-    return loaded
 
 
 def save(document: Document, path: Path) -> None:
@@ -49,7 +43,7 @@ def load(path: Path) -> Document:
     if document.get("version") != VERSION:
         raise UsageError(f"{path} has schema version {document.get('version')!r}; only {VERSION} can be read")
     try:
-        jsonschema.validate(document, schema())
+        jsonschema.validate(document, JSON_SCHEMA)
     except jsonschema.ValidationError as error:
         raise UsageError(f"{path} breaks the schema at {error.json_path}: {error.message[:200]}") from error
     loaded: Document = document
@@ -79,12 +73,7 @@ def find_resumable(folder: Path, document: Document, driver: str | None) -> tupl
 
 def new_path(folder: Path, name: str, commit: Mapping[str, Any], quick: bool) -> Path:
     """``<name>-<commit>.json``, with a number where that file exists."""
-    state = (
-        (commit["commit"] or "unknown") + ("-dirty" if commit["dirty"] else "") + ("-quick" if quick else "")
-    )
-    stem = re.sub(r"[^a-z0-9]+", "-", f"{name} {state}".lower()).strip("-")
-    path, number = folder / f"{stem}.json", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.json"
-    return path
+    words = [name, commit["commit"] or "unknown"] + ["dirty"] * bool(commit["dirty"]) + ["quick"] * quick
+    stem = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+    numbered = (folder / f"{stem}-{number}.json" for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder / f"{stem}.json"], numbered) if not path.exists())

@@ -38,21 +38,20 @@ def chosen(arguments: Namespace, device: str) -> list[Case]:
     only = arguments.provider
     known = {"suite": (suites, SUITES), "shape": (arguments.shape, [case.name for case in CASES])}
     for kind, (requested, available) in {**known, "provider": (only, providers.names())}.items():
-        for name in requested or ():
-            if name not in available:
-                raise UsageError(f"no {kind} {name!r}; known are {', '.join(available)}")
+        if unknown := [name for name in requested or () if name not in available]:
+            raise UsageError(f"no {kind} {unknown[0]!r}; known are {', '.join(available)}")
     names = arguments.shape or (QUICK[device] if arguments.quick else None)
     cases = [case for case in CASES if (case.name in names if names else device in case.devices)]
     cases = [case for case in cases if not suites or case.suite in suites]
     if not cases:
         raise UsageError(f"no shape of suite {', '.join(suites)} on {device} was requested")
-    if only is not None:
-        able = [case for case in cases if set(providers.names_of(case)) & set(only)]
-        if not able:
-            others = dict.fromkeys(name for case in cases for name in providers.names_of(case))
-            raise UsageError(f"these shapes have no provider {', '.join(only)}, only {', '.join(others)}")
-        return able
-    return cases
+    if only is None:
+        return cases
+    able = [case for case in cases if set(providers.names_of(case)) & set(only)]
+    if not able:
+        others = dict.fromkeys(name for case in cases for name in providers.names_of(case))
+        raise UsageError(f"these shapes have no provider {', '.join(only)}, only {', '.join(others)}")
+    return able
 
 
 def run(arguments: Namespace, command: str) -> int:
@@ -79,9 +78,8 @@ def run(arguments: Namespace, command: str) -> int:
     }
     resumable = None if arguments.fresh else results.find_resumable(folder, document, clocks["driver"])
     if resumable is None:
-        path = results.new_path(
-            folder, f"{about['device']}-{date:%Y-%m-%d}", document["commit"], arguments.quick
-        )
+        name = f"{about['device']}-{date:%Y-%m-%d}"
+        path = results.new_path(folder, name, document["commit"], arguments.quick)
         words = f"{about['device']}, torch {about['torch']}, Triton {about['triton']}; writing {path}"
     else:
         path, document = resumable
@@ -141,11 +139,11 @@ def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Be
             for line in targets.failures(record):
                 status = 1
                 bar.write(f"  {case.name}: {line}")
-            try:
+            failure: Record = {}
+            with recorded(failure):  # as after an illegal access or a broken capture
                 bench.free()
-            except Exception as error:  # as after an illegal access or a broken capture
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                bar.write(f"the device has failed: {reason}; the same command continues")
+            if failure:
+                bar.write(f"the device has failed: {failure['reason']}; the same command continues")
                 return 1
     return status
 
@@ -157,18 +155,14 @@ def _measure_one(
     """The record of a shape; an exception is written into it."""
     ceilings = document["sessions"][-1]["ceilings"]
     record = targets.shape_record(case, ceilings, len(document["sessions"]) - 1)
-
-    def progress(activity: str) -> None:
-        bar.set_postfix_str(f"{case.name}, {activity}")
-
-    progress("inputs")
+    bar.set_postfix_str(f"{case.name}, inputs")
     begin, precision = time.perf_counter(), providers.matmul_precision(case.precision, bench.device)
     with recorded(record), precision, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor warns about the machine and about torch
         if case.suite == "distributed":
             distributed.measure_ranks(case, record, ceilings, bench.device, effort, only)
         else:
-            measure(case, record, bench, effort, only, skip_compile, progress)
+            measure(case, record, bench, effort, only, skip_compile, bar.set_postfix_str)
     record["seconds"] = time.perf_counter() - begin
     record["targets"] = targets.judge(case, record, bench.device.type)
     return record

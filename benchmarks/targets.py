@@ -8,7 +8,7 @@ import pandas as pd
 from . import gate
 from .cases import PARTS, Case
 from .measure import Record
-from .providers import OURS, PROVIDERS
+from .providers import OURS, PROVIDERS, names
 
 MODES = ("graph", "launch")
 
@@ -27,23 +27,10 @@ def roofline(case: Case, ceilings: Mapping[str, Any], devices: int = 1) -> dict[
 
 def shape_record(case: Case, ceilings: Mapping[str, Any], session: int) -> Record:
     """The entry of a shape before it is measured."""
-    return {
-        "name": case.name,
-        "suite": case.suite,
-        "title": case.title,
-        "shape": case.shape,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "precision": case.precision,
-        "bound": gate.BOUNDS[case.matmul],
-        "samples": case.samples,
-        "session": session,
-        "status": "measured",
-        "reason": None,
-        "seconds": None,
-        "floor": roofline(case, ceilings),
-        "providers": {},
-        "targets": {},
-    }
+    record = {key: getattr(case, key) for key in ("name", "suite", "title", "shape", "precision", "samples")}
+    record |= {"dtype": str(case.dtype).removeprefix("torch."), "bound": gate.BOUNDS[case.matmul]}
+    record |= {"session": session, "status": "measured", "reason": None, "seconds": None}
+    return record | {"floor": roofline(case, ceilings), "providers": {}, "targets": {}}
 
 
 def failures(record: Record) -> Iterator[str]:
@@ -70,20 +57,14 @@ def seconds(record: Record, name: str | None, mode: str) -> float | None:
 
 def ours(record: Record, mode: str) -> str | None:
     """The backend that "auto" selects, if it was timed.  A failed backend is not replaced by the other."""
-    available = (
-        name
-        for name in OURS
-        if record["providers"].get(name, {"status": "unavailable"})["status"] != "unavailable"
-    )
-    name = next(available, None)
+    statuses = {name: entry["status"] for name, entry in record["providers"].items()}
+    name = next((name for name in OURS if statuses.get(name, "unavailable") != "unavailable"), None)
     return None if seconds(record, name, mode) is None else name
 
 
 def modes_of(record: Record) -> list[str]:
     """The modes in which any provider was timed."""
-    return [
-        mode for mode in MODES if any(mode in provider["modes"] for provider in record["providers"].values())
-    ]
+    return [mode for mode in MODES if any(mode in entry["modes"] for entry in record["providers"].values())]
 
 
 def mode_of(document: Mapping[str, Any]) -> str:
@@ -101,46 +82,32 @@ def judge(case: Case, record: Record, device: str) -> dict[str, Any]:
     for mode in modes:
         us = ours(record, mode)
         mine = seconds(record, us, mode)
-        theirs = {
-            name: seconds(record, name, mode)
-            for name in PROVIDERS
-            if name in record["providers"] and name != us
-        }
-        theirs["floor"] = record["floor"][part_of(record)]["seconds"]
-        for name, other in theirs.items():
-            found = None if mine is None or other is None else other / mine
-            asked = None if name == "floor" and mode != modes[0] else goals.get(name)
-            met = None if found is None or asked is None else found >= asked
-            verdicts[mode][name] = {"asked": asked, "found": found, "met": met}
+        others = [name for name in PROVIDERS if name in record["providers"] and name != us]
+        times = {name: seconds(record, name, mode) for name in others}
+        for name, other in (times | {"floor": record["floor"][part_of(record)]["seconds"]}).items():
+            speed_up = None if mine is None or other is None else other / mine
+            target = None if name == "floor" and mode != modes[0] else goals.get(name)
+            met = None if speed_up is None or target is None else speed_up >= target
+            verdicts[mode][name] = {"asked": target, "found": speed_up, "met": met}
     return verdicts
 
 
-_COLUMNS = {
-    "suite": object,
-    "shape": object,
-    "provider": object,
-    "mode": object,
-    "status": object,
-    "reason": object,
-}
-_COLUMNS |= dict.fromkeys(("has target", "ours"), bool) | dict.fromkeys(PARTS, object)
-_COLUMNS |= dict.fromkeys(
-    ("samples", "bytes", "operations", "bound", "q20", "median", "q80", "host", "peak", "rounds"), float
-)
+_COLUMNS = dict.fromkeys(("suite", "shape", "provider", "mode", "status", "reason", *PARTS), object)
+_COLUMNS |= dict.fromkeys(("has target", "ours"), bool)
+_COLUMNS |= dict.fromkeys(("samples", "bytes", "operations", "seconds"), float)
+_COLUMNS |= dict.fromkeys(("q20", "median", "q80", "host", "peak", "rounds"), float)
 
 
 def frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """A row for every provider of every shape in every mode; mode "" where the provider was not timed at all."""
+    """A row for every provider of every shape in every mode; mode "" where the provider was not timed at all.
+
+    "samples", and the roofline bound's "seconds", "bytes" and "operations", are the shape's.
+    """
     rows = []
     for record in document["cases"]:
-        part, bound = part_of(record), record["floor"][part_of(record)]
-        shape = {
-            "suite": record["suite"],
-            "shape": record["name"],
-            "samples": record["samples"],
-            "bound": bound["seconds"],
-        }
-        shape |= {"bytes": bound["bytes"], "operations": bound["operations"]}
+        part = part_of(record)
+        shape = {"suite": record["suite"], "shape": record["name"], "samples": record["samples"]}
+        shape |= record["floor"][part]
         eager = [verdicts.get("eager", {}).get("asked") or 0 for verdicts in record["targets"].values()]
         shape["has target"] = max(eager, default=0) > 1  # more than eager code's speed
         for name, provider in record["providers"].items():
@@ -153,11 +120,15 @@ def frame(document: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
+def pivot(frame: pd.DataFrame, values: "pd.Series[Any]") -> pd.DataFrame:
+    """A row for each shape and a column for each provider, both in order."""
+    wide = frame.assign(values=values).pivot(index="shape", columns="provider", values="values")
+    return wide.reindex(index=frame["shape"].unique(), columns=[name for name in names() if name in wide])
+
+
 def duration(seconds: float) -> str:
     """Seconds as s, ms or µs."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1 or unit == "µs":
-            break
+    unit, scale = next(u for u in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * u[1] >= 1 or u[0] == "µs")
     value = seconds * scale
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 

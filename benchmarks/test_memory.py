@@ -12,15 +12,15 @@ from vicreg_fast import functional
 from vicreg_fast.sides import uses_dual
 
 from . import providers
-from .cases import CASES, Case, Inputs, local, vicreg
+from .cases import CASES, Case, local, vicreg
 from .targets import size
 from .timing import Step, peak_bytes_on_cpu
 
 
 def problems(matmul: str, P: int, N: int, D: int) -> Case:
-    """P independent problems, averaged: views (P, N, D)."""
+    """P independent problems of N samples each, averaged."""
     case = vicreg(matmul, P * N, D)
-    return replace(case, name=f"{P}-problems-{N}x{D}-{matmul}", shape={"P": P, "N": N, "D": D})
+    return replace(case, name=f"{P}-problems-{N}x{D}-{matmul}", shape=case.shape | {"problems": P})
 
 
 # The shapes that come closest to the bound: so few samples that one statistic per feature is as large as the inputs, inputs
@@ -47,7 +47,8 @@ SMALL = 1 << 18  # 256 KiB for buffers so small that saving them would gain noth
 def allowed_bytes(case: Case) -> int:
     """Twice the inputs and, for each problem and view, one matrix of the smaller side: all in float32."""
     shape, views = case.shape, 2
-    P, N, D, elements = shape.get("P", 1), shape.get("N", 0), shape.get("D", 0), case.elements
+    P, D, elements = shape.get("problems", 1), shape.get("D", 0), case.elements
+    N = shape.get("N", 0) // P
     if case.suite == "vicregl":
         m, D, views, elements = max(shape["m"]), shape["C"], 8, 2 * shape["B"] * max(shape["P"]) * shape["C"]
         P, N = (shape["B"], m) if shape["statistics"] == "image" else (m, shape["B"])
@@ -55,25 +56,17 @@ def allowed_bytes(case: Case) -> int:
     return int(4 * (2 * elements + P * views * side**2))
 
 
-def inputs_of(case: Case) -> Inputs:
-    """The inputs of a shape; of independent problems one batch each."""
-    if "problems" not in case.name:
-        return case.inputs(0, torch.device("cpu"))
-    P, N, D = case.shape.values()
-    views = replace(case, shape={"N": P * N, "D": D}).inputs(0, torch.device("cpu"))
-    return tuple(z.detach().view(P, N, D).requires_grad_() for z in views)
-
-
-def losses_of(case: Case, backend: str) -> Callable[..., dict[str, Tensor]]:
-    """The losses of a shape on a backend."""
-    if "problems" in case.name:
-        return lambda x, y: {"loss": torch.stack(functional.vicreg_terms(x, y, backend=backend)).sum()}
-    return providers.ours_of(case, backend, providers.definition_of(case))
+def losses_of(case: Case) -> Callable[..., dict[str, Tensor]]:
+    """The losses of a shape."""
+    if "problems" in case.shape:
+        sizes = (case.shape["problems"], -1, case.shape["D"])
+        return lambda x, y: {"loss": torch.stack(functional.vicreg_terms(x.view(sizes), y.view(sizes))).sum()}
+    return providers.ours_of(case, "auto", providers.definition_of(case))
 
 
 @pytest.mark.parametrize("case", [*WITH_TARGET, *HARD], ids=lambda case: case.name)
 def test_memory(case: Case, benchmark: BenchmarkFixture) -> None:
-    step = Step(losses_of(case, "auto"), inputs_of(case))
+    step = Step(losses_of(case), case.inputs(0, torch.device("cpu")))
     peak, allowed = step.peak_bytes(peak_bytes_on_cpu)["both"], allowed_bytes(case)
     benchmark.extra_info.update(bytes=peak, allowed_bytes=allowed)
     benchmark.pedantic(lambda: None, rounds=1)  # type: ignore[no-untyped-call]  # extra_info has the sizes; nothing is timed

@@ -36,9 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor warns about the machine and about torch
 
 
-@functools.cache
-def _bench(device: torch.device) -> Bench:
-    return Bench(device)
+_bench = functools.cache(Bench)  # one for each device
 
 
 @functools.lru_cache(maxsize=1)  # the tests of a provider's parts follow each other
@@ -69,15 +67,12 @@ def test_speed(
         stop = pytest.skip if entry["status"] in ("unavailable", "out of memory") else pytest.fail
         stop(f"{entry['status']}: {entry['reason']}")
 
-    def finished(call: Callable[[], object]) -> Callable[[], None]:
-        def timed() -> None:
-            call()
-            bench.synchronize()
+    def finish(call: Callable[[], object]) -> None:
+        call()
+        bench.synchronize()
 
-        return timed
-
-    before = finished(step.forward if part == "backward" else step.clear)
-    call = finished(getattr(step, part))
+    before = functools.partial(finish, step.forward if part == "backward" else step.clear)
+    call = functools.partial(finish, getattr(step, part))
     before()
     start = time.perf_counter()
     call()

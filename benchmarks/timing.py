@@ -14,7 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,11 @@ class Bench:
             for event in self._events:  # the first record creates the event
                 event.record()
             self.synchronize()
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether mode graph is measured, and the host's time beside the device's: on one GPU."""
+        return self.on_gpu and self.ranks == 1
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -144,11 +149,9 @@ def peak_bytes_on_cpu(*calls: Call) -> list[int]:
         events = record.profiler.kineto_results.events()
         changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
         assert changes, "the profiler recorded no allocation: this measure does not work on this build of torch"
-        peak = held
-        for _, size in changes:
-            held += size
-            peak = max(peak, held)
-        peaks.append(peak)
+        levels = list(accumulate((size for _, size in changes), initial=held))
+        held = levels[-1]
+        peaks.append(max(levels))
     return peaks
 
 

@@ -1,4 +1,4 @@
-"""A result file of a GPU that nobody has: nothing in it was measured.  For tests of what reads result files."""
+"""A result file of a GPU that does not exist: nothing in it was measured.  For tests of what reads result files."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from benchmarks import libraries, measure, providers, results, targets
 from benchmarks.cases import CASES, PARTS, Case
 from benchmarks.timing import Times
 
-# What others have measured on an H200.
+# Published rates of an H200.
 CEILINGS = {
     "copy_bytes": 1 << 30,
     "copy_bytes_per_s": 4.3e12,

@@ -54,26 +54,24 @@ def test_correct_providers_pass(case: Case) -> None:
         assert gate.wrong(errors, gate.BOUNDS[case.matmul]) is None, name
 
 
-def wrong_value(losses: Losses, x: Tensor) -> Losses:
-    return losses | {"loss": losses["loss"] * 1.01}
+# The name of a term, and what a faulty provider makes of it; x - x.detach() is zero and has a gradient.
+FAULTS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "value": ("loss", lambda loss, x: loss * 1.01),
+    "gradient": ("loss", lambda loss, x: loss + 0.1 * (x - x.detach()).sum() / x.numel()),
+    "covariance gradient": ("cov-loss", lambda loss, x: loss + 1e-3 * (x - x.detach()).sum()),
+    "unwritten element": ("var-loss", lambda loss, x: torch.empty_like(loss)),
+}
 
 
-def wrong_gradient(losses: Losses, x: Tensor) -> Losses:
-    return losses | {"loss": losses["loss"] + 0.1 * (x - x.detach()).sum() / x.numel()}
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_provider_is_not_timed(fault: str) -> None:
+    case, (name, change) = vicreg("highest", 64, 64), FAULTS[fault]
 
+    def faulty(x: Tensor, y: Tensor) -> Losses:
+        losses = providers.eager(DROP_IN, x, y)
+        return losses | {name: change(losses[name], x)}
 
-def wrong_covariance_gradient(losses: Losses, x: Tensor) -> Losses:
-    return losses | {"cov-loss": losses["cov-loss"] + 1e-3 * (x - x.detach()).sum()}
-
-
-def unwritten_element(losses: Losses, x: Tensor) -> Losses:
-    return losses | {"var-loss": torch.empty_like(losses["var-loss"])}
-
-
-@pytest.mark.parametrize("fault", [wrong_value, wrong_gradient, wrong_covariance_gradient, unwritten_element])
-def test_wrong_provider_is_not_timed(fault: Callable[[Losses, Tensor], Losses]) -> None:
-    case = vicreg("highest", 64, 64)
-    provider = Provider(lambda x, y: fault(providers.eager(DROP_IN, x, y), x))
+    provider = Provider(faulty)
     entry = measure.provider_record(provider)
     steps = measure.prepare(case, provider, Bench(CPU), [case.inputs(0, CPU)], {}, entry)
     assert steps == []

@@ -1,12 +1,7 @@
 """``python -m benchmarks run`` on a CPU: what it writes, continues, records and refuses."""
 
-import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,21 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from benchmarks import (
-    distributed,
-    libraries,
-    machine,
-    measure,
-    providers,
-    results,
-    run,
-    targets,
-    test_speed,
-    timing,
-)
+from benchmarks import distributed, libraries, machine, measure, providers, results, run, targets, timing
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, SUITES, Case
-from benchmarks.conftest import DEVICE
+from benchmarks.cases import CASES, PARTS, SUITES, Case
 
 from .fake_result import CEILINGS
 
@@ -73,9 +56,8 @@ def test_result_has_the_machine_the_errors_and_the_times(tmp_path: Path, capsys:
     assert run_shapes(tmp_path, TINY) == 0
     document = written(tmp_path)
     (session,) = document["sessions"]
-    assert (
-        session["command"] == f"python -m benchmarks run --device cpu --quick --out {tmp_path} --shape {TINY}"
-    )
+    command = f"python -m benchmarks run --device cpu --quick --out {tmp_path} --shape {TINY}"
+    assert session["command"] == command
     assert session["clocks"]["after"]["reason"]
     # No CPU is slower than 10 MB/s or faster than 100 TB/s: a wrong unit would be.
     ceilings = session["ceilings"]
@@ -95,7 +77,7 @@ def test_result_has_the_machine_the_errors_and_the_times(tmp_path: Path, capsys:
         assert all(size > 0 for size in entry["peak_bytes"].values())
         (mode,) = entry["modes"].values()
         assert (mode["status"], mode["rounds"], mode["host"]) == ("timed", 2, None)
-        for part in ("forward", "backward", "both"):
+        for part in PARTS:
             assert 0 < mode[part]["q20"] <= mode[part]["median"] <= mode[part]["q80"]
     assert "needs a CUDA or ROCm device" in case["providers"]["triton"]["reason"]
     eager, aten = (case["providers"][name]["modes"]["launch"]["both"]["median"] for name in ("eager", "aten"))
@@ -113,7 +95,7 @@ def test_maps_are_measured(name: str, tmp_path: Path) -> None:
     for provider in {"eager", "cdist", "bmm", "aten"} & case["providers"].keys():
         mode = case["providers"][provider]["modes"]["launch"]
         assert mode["status"] == "timed", provider
-        assert tuple(part for part in ("forward", "backward", "both") if mode[part]) == NAMED[name].parts
+        assert tuple(part for part in PARTS if mode[part]) == NAMED[name].parts
     assert case["targets"]["launch"]["eager"]["found"] > 0
 
 
@@ -203,19 +185,14 @@ def test_failed_rank_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
 
 
-class OtherRankFails(timing.Bench):
-    """The first of two ranks, whose second has no memory for any provider."""
-
-    def agree(self, value: Any) -> list[Any]:
-        return [value, ("out of memory", "CUDA out of memory")]
-
-
-def test_all_ranks_drop_a_provider_that_fails_on_one() -> None:
+def test_all_ranks_drop_a_provider_that_fails_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ("out of memory", "CUDA out of memory")
+    monkeypatch.setattr(timing.Bench, "agree", lambda bench, value: [value, other])
     provider = providers.Provider(lambda x, y: providers.eager(providers.DROP_IN, x, y))
     entry = measure.provider_record(provider)
     inputs = NAMED[TINY].inputs(0, CPU)
-    assert measure.prepare(NAMED[TINY], provider, OtherRankFails(CPU), [inputs], {}, entry) == []
-    assert (entry["status"], entry["reason"]) == ("out of memory", "CUDA out of memory")
+    assert measure.prepare(NAMED[TINY], provider, timing.Bench(CPU), [inputs], {}, entry) == []
+    assert (entry["status"], entry["reason"]) == other
 
 
 def test_lost_device_ends_the_run_and_the_same_command_continues(
@@ -262,19 +239,20 @@ def test_ctrl_c_keeps_finished_shapes_and_the_same_command_continues(
     assert second["cases"][0] == first["cases"][0]
 
 
-@pytest.mark.parametrize("what", ["shapes", "code", "driver", "card", "configuration", "library", "--fresh"])
+OTHERS = {"code": ("commit", {"changes": "other"}), "driver": ("clocks", {"driver": "1.2"})}
+OTHERS |= {"card": ("machine", {"uuid": "GPU-1"})}
+
+
+@pytest.mark.parametrize("what", ["shapes", *OTHERS, "configuration", "library", "--fresh"])
 def test_another_run_is_not_continued(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "measure", interrupted)
     assert run_shapes(tmp_path, TINY) == 130
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
-    commit, about, clocks = machine.commit(tmp_path), machine.machine(CPU), machine.clocks(CPU)
-    if what == "code":
-        monkeypatch.setattr(machine, "commit", lambda out: commit | {"changes": "other"})
-    elif what == "driver":
-        monkeypatch.setattr(machine, "clocks", lambda device: clocks | {"driver": "1.2"})
-    elif what == "card":
-        monkeypatch.setattr(machine, "machine", lambda device: about | {"uuid": "GPU-1"})
+    if what in OTHERS:
+        name, other = OTHERS[what]
+        real = getattr(machine, name)
+        monkeypatch.setattr(machine, name, lambda argument: real(argument) | other)
     elif what == "configuration":
         monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
     elif what == "library":
@@ -325,19 +303,21 @@ def test_bad_argument_is_refused_with_what_is_available(
     assert not list(tmp_path.iterdir())
 
 
-def options(**given: Any) -> Namespace:
-    return Namespace(**({"suite": None, "shape": None, "provider": None, "quick": False} | given))
-
-
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_default_shapes_of_a_device(device: str) -> None:
-    everything = run.chosen(options(), device)
-    assert {case.suite for case in everything} == set(SUITES)
-    assert all(device in case.devices for case in everything)
-    few = run.chosen(options(quick=True), device)
-    assert {case.suite for case in few} == set(SUITES)
-    assert {case.name for case in few} <= {case.name for case in everything}
-    assert {case.suite for case in run.chosen(options(suite=["matching"]), device)} == {"matching"}
+    def chosen(quick: bool = False, suite: list[str] | None = None) -> dict[str, str]:
+        arguments = Namespace(suite=suite, shape=None, provider=None, quick=quick)
+        return {case.name: case.suite for case in run.chosen(arguments, device)}
+
+    everything, few = chosen(), chosen(quick=True)
+    assert set(everything.values()) == set(few.values()) == set(SUITES)
+    assert everything.keys() == {case.name for case in CASES if device in case.devices}
+    assert few.keys() <= everything.keys()
+    assert set(chosen(suite=["matching"]).values()) == {"matching"}
+
+
+def test_names_of_shapes_are_unique() -> None:
+    assert len(NAMED) == len(CASES)
 
 
 def test_shape_without_a_requested_provider_is_named(tmp_path: Path, capsys: Capture) -> None:
@@ -366,85 +346,3 @@ def test_failed_backend_is_not_replaced_by_the_other() -> None:
     for status, ours in (("unavailable", "aten"), ("wrong", None)):
         record["providers"]["triton"] = {"status": status, "modes": {}}
         assert targets.ours(record, "graph") == ours
-
-
-# -- pytest-benchmark ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_pytest_collects_every_provider_of_every_shape(device: str) -> None:
-    found: list[Any] = []
-    config = SimpleNamespace(stash={DEVICE: torch.device(device)})
-    metafunc = SimpleNamespace(config=config, parametrize=lambda names, values: found.extend(values))
-    test_speed.pytest_generate_tests(metafunc)  # type: ignore[arg-type]
-    expected = {
-        f"{case.name}-{part}-{name}"
-        for case in run.chosen(options(), device)
-        for name in providers.names_of(case)
-        for part in case.parts
-        if case.suite != "distributed" and (name != "compile" or case.compiled)
-    }
-    assert sorted(value.id for value in found) == sorted(expected)
-
-
-def test_pytest_times_a_group_for_each_part(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_speed.py"]
-    command += [
-        "--device",
-        "cpu",
-        "-k",
-        "8x16-highest and (eager or aten)",
-        f"--benchmark-json={tmp_path / 'a.json'}",
-    ]
-    # Without the variables of the run that this test is in.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
-    assert {b["group"] for b in found} == {f"8x16-highest, {part}" for part in ("forward", "backward", "both")}
-    assert [b["extra_info"]["provider"] for b in found] == ["eager"] * 3 + ["aten"] * 3
-    assert all(b["stats"]["median"] > 0 for b in found)
-
-
-# -- machine ------------------------------------------------------------------------------------------------------
-
-
-def test_missing_tools_are_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
-    clocks, commit = machine.clocks(torch.device("cuda:0")), machine.commit()
-    assert "nvidia-smi" in clocks.pop("reason")
-    assert "git" in commit.pop("reason")
-    assert set(clocks.values()) | set(commit.values()) == {None}
-
-
-def test_devices_have_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "devices", lambda: {"cpu": "a", "cuda:0": "b", "cuda:1": "c"})
-    names = [str(machine.device(name)) for name in (None, "cuda", "cuda:1", "cpu")]
-    assert names == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
-
-
-def test_commit_hashes_changes_but_not_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
-    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "first")):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    hashes = [machine.commit()["changes"]]
-    for text in ("a", "b"):
-        (tmp_path / "new.py").write_text(text)
-        hashes.append(machine.commit()["changes"])
-    assert hashes[0] is None
-    assert len(set(hashes)) == 3
-    (tmp_path / "new.py").unlink()
-    (tmp_path / "a.json").touch()
-    assert machine.commit(tmp_path)["dirty"] is False
-    assert machine.commit()["dirty"] is True
-
-
-def test_line_of_nvidia_smi_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
-    monkeypatch.setattr(machine, "_output", lambda *command: "580.159.04, 1980, 2619, 121.5, 700.00, [N/A]\n")
-    clocks = machine.clocks(torch.device("cuda:0"))
-    assert list(clocks.values()) == ["580.159.04", 1980.0, 2619.0, 121.5, 700.0, None, None]
