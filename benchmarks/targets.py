@@ -128,7 +128,8 @@ def pivot(frame: pd.DataFrame, values: "pd.Series[Any]") -> pd.DataFrame:
 
 def duration(seconds: float) -> str:
     """Seconds as s, ms or µs."""
-    unit, scale = next(u for u in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * u[1] >= 1 or u[0] == "µs")
+    units = (("s", 1.0), ("ms", 1e3))
+    unit, scale = next((unit for unit in units if seconds * unit[1] >= 1), ("µs", 1e6))
     value = seconds * scale
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
