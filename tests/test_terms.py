@@ -97,7 +97,7 @@ def test_hard_data_in_several_blocks(
     assert_as_good_as_eager(data(*shape).float(), data(*shape).float(), 0.0)
 
 
-@both_sides(dual=[(33, 90), (31, 257)], primal=[(33, 64), (200, 64)])
+@both_sides(dual=[(33, 90), (31, 257), (31, 2000)], primal=[(33, 64), (200, 64)])
 @pytest.mark.parametrize("data", [normal, *HARD], ids=lambda data: data.__name__)
 def test_gradients_with_create_graph_are_as_good_as_eager(
     data: Callable[[int, int], Tensor], shape: tuple[int, int]

@@ -38,7 +38,10 @@ def _statistics_gradient(
         parts.append(torch.where(active, c / std, 0) * (-var_scale / (N - 1)))
     if cov_scale is not None and plan.covariance:
         if uses_dual(P, N, D):
-            cC0 = (c @ c.mT) @ c / (N - 1) - c * v.to(c.dtype)
+            # The diagonal by itself, as in the backends: a matmul loses weak features after strong ones.
+            G = c @ c.mT
+            G = G + torch.diag_embed(c.square().sum(dim=2) - G.diagonal(dim1=-2, dim2=-1))
+            cC0 = G @ c / (N - 1) - c * v.to(c.dtype)
         else:
             C = c.mT @ c / (N - 1)
             cC0 = c @ (C - torch.diag_embed(C.diagonal(dim1=-2, dim2=-1)))
