@@ -54,23 +54,27 @@ def is_of_y(v):
 
 
 @triton.jit
+def _select(condition, a, b):
+    """a or b, 64-bit."""
+    return tl.where(condition, tl.full((), a, tl.int64), tl.full((), b, tl.int64))
+
+
+@triton.jit
 def select_source(views, v):
     """The source of view v.
 
-    Triton types an integer argument i32 or i64 by its value, so strides are cast to 64 bits: both branches must agree.
-    stride_d is not cast.  A stride of 1 has to stay a constant, or loads are not vectorised.
+    Selects, not a branch: behind a branch Triton 3.6 no longer knows which pointers and strides are multiples of 16, and
+    loads element by element.  Triton types an integer argument i32 or i64 by its value, so both sides are cast to 64 bits.
+    A feature stride of 1 in both sources stays a constant, or loads are not vectorised.
     """
-    ptr = views.x_ptr
-    stride_p = tl.full((), views.x_stride_p, tl.int64)
-    stride_n = tl.full((), views.x_stride_n, tl.int64)
-    stride_i = tl.full((), views.x_stride_i, tl.int64)
+    of_y = is_of_y(v)
+    ptr = tl.where(of_y, views.y_ptr, views.x_ptr)
+    stride_p = _select(of_y, views.y_stride_p, views.x_stride_p)
+    stride_n = _select(of_y, views.y_stride_n, views.x_stride_n)
+    stride_i = _select(of_y, views.y_stride_i, views.x_stride_i)
     stride_d = views.x_stride_d
-    if is_of_y(v):
-        ptr = views.y_ptr
-        stride_p = tl.full((), views.y_stride_p, tl.int64)
-        stride_n = tl.full((), views.y_stride_n, tl.int64)
-        stride_i = tl.full((), views.y_stride_i, tl.int64)
-        stride_d = views.y_stride_d
+    if isinstance(views.x_stride_d, tl.tensor) or isinstance(views.y_stride_d, tl.tensor):
+        stride_d = _select(of_y, views.y_stride_d, views.x_stride_d)
     return Source(ptr, stride_p, stride_n, stride_i, stride_d)
 
 
