@@ -51,6 +51,15 @@ def round_matrix(M, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b in float32, rounded to nearest: ``/`` compiles to an approximation, up to two units in the last place away.
+
+    For whatever decides a value.  An error that all elements of a matrix but its diagonal share does not average out.
+    """
+    return tl.div_rn(a, b.to(tl.float32))
+
+
+@triton.jit
 def relu_propagating_nan(t):
     """relu that keeps NaN; tl.maximum(NaN, 0) on a GPU is 0."""
     return tl.where(t < 0.0, 0.0, t)
@@ -68,7 +77,7 @@ def hinge_slope(std, gamma, eps, factor):
     if eps > 0:
         std = tl.sqrt_rn(std * std + eps)
     active = (std < gamma) & (std > 0.0)
-    return tl.where(active, factor / tl.where(active, std, 1.0), 0.0)
+    return tl.where(active, divide(factor, tl.where(active, std, 1.0)), 0.0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
 from .numerics import (
+    divide,
     exponent_scale,
     hinge_of,
     relu_propagating_nan,
@@ -51,7 +52,7 @@ def _column_moments(
         e = tl.where(mask, z - z0, 0.0)
         total += e
         largest = tl.maximum(largest, tl.abs(e))
-    hi = tl.sum(z0, 0) + tl.sum(total, 0) / N
+    hi = tl.sum(z0, 0) + divide(tl.sum(total, 0), N)
     # Deviations from the mean are at most twice those from the first row.
     scale, inverse = exponent_scale(tl.max(largest, 0))
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -63,10 +64,10 @@ def _column_moments(
         e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
         total += e
         squares += e * e
-    lo = tl.sum(total, 0) / N
+    lo = divide(tl.sum(total, 0), N)
     # lo is as small as the rounding of the mean, so N lo^2 is negligible beside the squares and subtracting it is safe.
     centred = relu_propagating_nan(tl.sum(squares, 0) - N * lo * lo)
-    return hi, lo * scale, tl.sqrt_rn(centred / (N - 1)) * scale
+    return hi, lo * scale, tl.sqrt_rn(divide(centred, N - 1)) * scale
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -217,7 +218,7 @@ def _gram_forward_kernel(
         VIEWS, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     if is_full:
-        G = acc / (N - 1)
+        G = divide(acc, N - 1)
         if i == j:
             G = replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N, BLOCK_M)
         tl.store(

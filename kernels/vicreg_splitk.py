@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
-from .numerics import relu_propagating_nan, tril_tile
+from .numerics import divide, relu_propagating_nan, tril_tile
 from .vicreg_dual import replace_diagonal
 
 
@@ -77,7 +77,7 @@ def _reduce_covariance(
         between = b_r[:, :, None] * b_c[:, None, :] - t_r[:, :, None] * t_c[:, None, :]
         acc += S + (n[:, None, None] * between).to(tl.float32)
         square += q * q + n[:, None] * (b_r * b_r - t_r * t_r)
-    C0 = tl.where(row[:, None] == column[None, :], 0.0, tl.sum(acc, 0) / (N - 1))
+    C0 = tl.where(row[:, None] == column[None, :], 0.0, divide(tl.sum(acc, 0), N - 1))
     hinge_sum = tl.full((), 0.0, tl.float64)
     if on_diagonal:
         v = relu_propagating_nan(tl.sum(square, 0)) / (N - 1)
@@ -123,7 +123,7 @@ def _splitk_reduction_kernel(
         acc = tl.zeros((BLOCK_C, BLOCK_R, BLOCK_M), tl.float32)
         for start in range(0, splits, BLOCK_C):
             acc += _load_splits(split_ptr, start + tl.arange(0, BLOCK_C), splits, BLOCK_M)
-        M = tl.sum(acc, 0) / (N - 1)
+        M = divide(tl.sum(acc, 0), N - 1)
         if i == j:
             M = replace_diagonal(M, row, column, row_sq_norms_ptr, problem, column_blocks, N, BLOCK_R)
     else:

@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_losses
-from .numerics import exponent_scale, hinge_of, hinge_slope, round_matrix, round_to_format, to_storage
+from .numerics import (
+    divide,
+    exponent_scale,
+    hinge_of,
+    hinge_slope,
+    round_matrix,
+    round_to_format,
+    to_storage,
+    undo_halves,
+)
 from .scatter_rows import add_rows
 from .views import column_pointers, load_rows, match_set_offset, matches_of, select_source
 
@@ -42,7 +51,7 @@ def _centred(z, n, m):
     mask = (n < m)[:, None]
     first = tl.sum(tl.where((n == 0)[:, None], z, 0.0), 0)
     e = tl.where(mask, z - first[None, :], 0.0)
-    return e - tl.where(mask, tl.sum(e, 0)[None, :] / m, 0.0)
+    return e - tl.where(mask, divide(tl.sum(e, 0), m)[None, :], 0.0)
 
 
 @triton.jit
@@ -50,7 +59,7 @@ def _standard_deviation(c, m):
     """Standard deviations of centred columns, which are scaled before they are squared."""
     scale, inverse = exponent_scale(tl.max(tl.abs(c), 0))
     e = c * inverse[None, :]
-    return tl.sqrt_rn(tl.sum(e * e, 0) / (m - 1)) * scale
+    return tl.sqrt_rn(divide(tl.sum(e * e, 0), m - 1)) * scale
 
 
 @triton.jit
@@ -69,7 +78,7 @@ def _off_diagonal(
     z = load_rows(column_pointers(source, f), rows, (n < m)[:, None] & (f < D)[None, :])
     o_f = to_storage(round_to_format(_centred(z, n, m), FORMAT), FORMAT).to(OPERAND_TYPE)
     C = tl.dot(tl.trans(o_f), to_storage(o, FORMAT).to(OPERAND_TYPE), input_precision=DOT_PRECISION)
-    C *= (4.0 if FORMAT == "fp16" else 1.0) / (m - 1)  # of halves, see round_to_format()
+    C = divide(undo_halves(C, FORMAT), m - 1)
     return o_f, tl.where(f[:, None] == d[None, :], 0.0, C)
 
 
@@ -107,7 +116,7 @@ def _accumulate(
 @triton.jit
 def _finish_gram(gram, row_sq_norms, n, m, gram_ptr, FORMAT: tl.constexpr):
     """Sum of G^2, float64.  G is stored for the backward pass, rounded, unless gram_ptr is None."""
-    G = gram * ((4.0 if FORMAT == "fp16" else 1.0) / (m - 1))  # of halves, see round_to_format()
+    G = divide(undo_halves(gram, FORMAT), m - 1)
     diagonal = (row_sq_norms.to(tl.float64) / (m - 1)).to(tl.float32)
     G = tl.where(n[:, None] == n[None, :], diagonal[:, None], G)
     if gram_ptr is not None:
@@ -191,13 +200,14 @@ def _match_set_gradient(
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if upstream.cov_ptr is not None:
         o = round_to_format(c, FORMAT)
-        f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov / (m - 1)
+        f_cov = divide(tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov, m - 1)
         if DUAL:
             inside = (n < m)[:, None] & (n < m)[None, :]
             G_ptr = gram_ptr + (side * B + b) * m * m
             G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
             wide = o.to(WIDE)
-            operand_v = (tl.sum(wide * wide, 0) / (m - 1)).to(tl.float32)
+            squares = tl.sum(wide * wide, 0)
+            operand_v = divide(squares, m - 1) if tl.float32 == WIDE else (squares / (m - 1)).to(tl.float32)
             g = tl.dot(G, o.to(LEFT), input_precision=DOT_PRECISION) - o * operand_v[None, :]
         else:
             for first in range(0, D, BLOCK_F):
@@ -210,13 +220,13 @@ def _match_set_gradient(
         g *= f_cov
     if upstream.var_ptr is not None:
         std = _standard_deviation(c, m)
-        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var / (m - 1)
+        u = divide(tl.load(upstream.var_ptr).to(tl.float32) * scales.var, m - 1)
         g += c * hinge_slope(std, gamma, eps, u)[None, :]
     if upstream.inv_ptr is not None:
         other_source = select_source(views, 2 * direction + (1 - side))
         other_rows = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
         other = load_rows(column_pointers(other_source, d), other_rows, mask)
-        g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv / m)
+        g += (z - other) * divide(tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, m)
     return g, index_ptr + side * B * m + b * m
 
 
