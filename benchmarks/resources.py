@@ -1,18 +1,22 @@
 """Compiles every kernel for a GPU that need not be present, and prints its registers, shared memory and opcodes.
 
 The launchers run on tensors without data, as if on the target.  Each launch is recorded instead of made, so the variants are
-those that the library launches.  A variant has a defect if it spills, exceeds the target's shared memory, does not use the tensor
-cores, or has offsets that are not 64-bit.
+those that the library launches.  A variant has a defect if
+
+- it spills, exceeds the target's shared memory, or fewer of its CTAs share an SM than the launcher plans with;
+- it has a matmul without tensor cores, or offsets that are not 64-bit;
+- it reads or writes a tile of aligned inputs in pieces of less than 16 bytes a thread;
+- a loop loads a tile without an asynchronous copy, where the target has one;
+- it divides or takes a root approximately.
+
+ACCEPTED has the exceptions from the last three, each with its reason.
 """
 
 import concurrent.futures
 import functools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,6 +31,8 @@ from triton.runtime.jit import JITFunction
 from vicreg_fast.backends import triton_backend
 from vicreg_fast.backends.triton import arguments, configs, launch_matching
 from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Matches, Plan, local_views
+
+from . import defects, disassembly
 
 # Bytes of shared memory: the most that a CTA may have, and those of an SM.
 SHARED_MEMORY = {
@@ -107,6 +113,23 @@ class Variant(NamedTuple):
     aligned: tuple[ArgumentPath, ...]  # arguments that are multiples of 16
     options: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's name, without what all kernels have in it."""
+        return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether features are contiguous, and rows, problems and sizes are multiples of 16 elements."""
+        for position, (name, members) in enumerate(self.signature.items()):
+            if name in ("N", "D", "C") and (position,) not in self.aligned:
+                return False
+            for k, member in enumerate(getattr(members, "_fields", ()) if name in ("views", "x", "y") else ()):
+                where = self.constants if member.endswith(("stride_d", "stride_c")) else self.aligned
+                if "stride" in member and (position, k) not in where:
+                    return False
+        return True
+
     def key(self) -> str:
         """Identifies the variant."""
         return repr((self.kernel.__name__, self.signature, self.constants, self.aligned, self.options))
@@ -128,7 +151,7 @@ class Variant(NamedTuple):
         flags += [f"no {k.removesuffix('_ptr')}" for k, v in named.items() if v is None]
         pointers = [members[0] for name, members in self.signature.items() if name in ("views", "x")]
         inputs = pointers[0].strip("*") if pointers else ""
-        name = self.kernel.__name__.strip("_").replace("_kernel", "").replace("_forward", "")
+        name = self.name.replace("_forward", "")
         options = f"w{self.options['num_warps']}s{self.options.get('num_stages', '')}"
         return f"{name} {inputs} {'x'.join(map(str, blocks))} {options} {' '.join(flags)}"
 
@@ -275,34 +298,47 @@ def examine(variant: Variant, target: str) -> Resources:
     compiled = triton.compile(source, target=gpu_target, options=variant.options)
     threads = variant.options["num_warps"] * gpu_target.warp_size
     limit, per_sm = SHARED_MEMORY[target]
+    code = disassembly.disassembled(compiled)
     if backend == "cuda":
-        text = _disassembly(compiled)
-        registers = int(re.findall(r"REG:(\d+)", text)[0])
+        registers = int(re.findall(r"REG:(\d+)", code)[0])
         # The stack holds nothing else; its instructions are looked for too, so that none is missed.
-        spilled = max(int(re.findall(r"STACK:(\d+)", text)[0]), len(re.findall(r"\b(?:LDL|STL)\b", text)))
-        opcodes = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|LDGSTS)\b", text)
+        spilled = max(int(re.findall(r"STACK:(\d+)", code)[0]), len(re.findall(r"\b(?:LDL|STL)\b", code)))
+        opcodes = re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|LDGSTS)\b", code)
         ctas_per_sm = 65536 // (-(-registers // 8) * 8 * threads)
     else:
-        text = compiled.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
-        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[0])
-        opcodes = re.findall(r"v_mfma\w+", text)
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
+        opcodes = re.findall(r"v_mfma\w+", code)
         # Four SIMD units, each with 512 registers a lane.
         ctas_per_sm = 4 * (512 // (-(-registers // 8) * 8)) // variant.options["num_warps"]
     distinct = tuple(sorted(set(opcodes)))
     ctas_per_sm = max(1, min(ctas_per_sm, per_sm // (compiled.metadata.shared + 1024)))
-    defects = []
+    found = []
     if spilled:
-        defects.append(f"{spilled} bytes spilled")
+        found.append(f"{spilled} bytes spilled")
     if backend == "cuda" and -(-registers // 8) * 8 * threads > 65536:
-        defects.append(f"{registers} registers in each of {threads} threads, of 65536")
+        found.append(f"{registers} registers in each of {threads} threads, of 65536")
     if compiled.metadata.shared > limit:
-        defects.append(f"{compiled.metadata.shared} bytes of shared memory, of {limit}")
+        found.append(f"{compiled.metadata.shared} bytes of shared memory, of {limit}")
+    if ctas_per_sm < _planned_ctas(variant, target):
+        found.append(f"{_planned_ctas(variant, target)} CTAs on an SM planned")
     if _multiplies(variant) and not any("MMA" in op or "mfma" in op for op in distinct):
-        defects.append("no tensor cores")
+        found.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:
-        defects.append("no 64-bit offsets")
-    return Resources(registers, spilled, compiled.metadata.shared, ctas_per_sm, distinct, tuple(defects))
+        found.append("no 64-bit offsets")
+    found += defects.defects(variant.name, compiled, code, threads, variant.is_aligned, backend == "cuda")
+    return Resources(registers, spilled, compiled.metadata.shared, ctas_per_sm, distinct, tuple(found))
+
+
+def _planned_ctas(variant: Variant, target: str) -> int:
+    """How many CTAs on an SM the launcher plans with, from the rows of the tables with the variant's blocks."""
+    table, named = variant.name.removesuffix("_forward").removeprefix("narrow_"), variant.named_constants
+    if table not in ("gram", "second_moment"):
+        return 1
+    blocks = (named["BLOCK_M"], named["BLOCK_K"], variant.options["num_warps"], variant.options["num_stages"])
+    tables = configs.ARCHITECTURES[device_of(target).arch]
+    rows = [row for layout in tables for kind in getattr(layout, table).values() for row in kind]
+    return max((row.config.ctas_per_sm for row in rows if row.config[:4] == blocks), default=1)
 
 
 def _multiplies(variant: Variant) -> bool:
@@ -312,19 +348,6 @@ def _multiplies(variant: Variant) -> bool:
         upstream = variant.signature["upstream"]
         return bool(upstream.cov_ptr != "constexpr")
     return "DOT_PRECISION" in constants and not constants.get("AXES")
-
-
-def _disassembly(compiled: Any) -> str:
-    """Resource usage and code of a cubin, by the tools that come with Triton."""
-    tools = {tool.name: tool for tool in Path(triton.__file__).parent.rglob("bin/*")}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        commands = (
-            [str(tools["cuobjdump"]), "--dump-resource-usage", str(cubin)],
-            [str(tools["nvdisasm"]), "-c", str(cubin)],
-        )
-        return "\n".join(subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
 
 
 def _examine_nth(target: str, every: int, n: int) -> tuple[str, Resources]:

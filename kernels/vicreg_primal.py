@@ -13,7 +13,7 @@ program's sum of (x - y)^2.  N D^2 operations a view.  Letters and buffers: docs
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format, to_storage, tril_tile, undo_halves
+from .numerics import divide, round_to_format, to_storage, tril_tile, undo_halves
 from .views import column_pointers, load_rows, row_offsets, select_source
 
 
@@ -24,7 +24,7 @@ def _provisional_centre(columns, rows, n, end, inside):
     z = load_rows(columns, rows, mask)
     first = tl.sum(tl.where((tl.arange(0, n.shape[0]) == 0)[:, None], z, 0.0), 0)
     e = tl.where(mask, z - first[None, :], 0.0)
-    return first + tl.sum(e, 0) / tl.minimum(end - tl.min(n, 0), n.shape[0])
+    return first + divide(tl.sum(e, 0), tl.minimum(end - tl.min(n, 0), n.shape[0]))
 
 
 @triton.jit

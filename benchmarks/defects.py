@@ -1,0 +1,69 @@
+"""What is wrong with a compiled kernel, beside its resources: narrow or waiting accesses to tiles, approximate divisions.
+
+A tile is a tensor of two dimensions or more.  Each exception is listed with its reason, by kernel and by the function of
+``kernels/`` that the instruction comes from; "" stands for every kernel.
+"""
+
+import ast
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import vicreg_fast.kernels
+
+from . import disassembly
+
+Exceptions = Mapping[tuple[str, str], str]
+# Fewer bytes of aligned inputs than 16 a thread and instruction.
+NARROW: Exceptions = {
+    ("gradient", "_covariance_matmul"): "TF32 matmuls of compute capability 9.0 take o along its rows",
+    ("vicregl_forward", "_finish_gram"): "G has rows of m matches, any number",
+    ("vicregl_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
+    ("select_forward", "_nearest_of_blocks"): "distances of P patches, any number",
+}
+# Loads in a loop without an asynchronous copy.
+SYNCHRONOUS: Exceptions = {
+    ("", "replace_diagonal"): "many blocks at a time, and most often all: the loop runs once",
+    ("splitk_reduction", "_load_splits"): "many splits at a time, from the cache",
+    ("splitk_reduction", "_column_mean"): "many chunks at a time, from the cache",
+    ("splitk_reduction", "_chunk_means"): "many chunks at a time, from the cache",
+    ("select_forward", "_nearest_of_blocks"): "many blocks at a time, and most often all: the loop runs once",
+}
+# Approximate divisions and roots.
+APPROXIMATE: Exceptions = {
+    ("", "tril_tile"): "the root is corrected both ways",
+    ("match_forward", "_feature_tile"): "any constant that is common to both maps is right",
+}
+
+
+@functools.cache
+def _functions() -> dict[str, str]:
+    """The function of every line of ``kernels/``, as views.py:102."""
+    names = {}
+    for file in Path(vicreg_fast.kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names |= {f"{file.name}:{line}": node.name for line in range(node.lineno, node.end_lineno + 1)}
+    return names
+
+
+def _is_listed(exceptions: Exceptions, kernel: str, line: str) -> bool:
+    function = _functions().get(line, "")
+    return (kernel, function) in exceptions or ("", function) in exceptions
+
+
+def defects(kernel: str, compiled: Any, code: str, threads: int, aligned: bool, copies: bool) -> Iterator[str]:
+    """A line for each defect.  ``aligned``: of the inputs; ``copies``: the target has asynchronous copies."""
+    tiles = disassembly.tiles(compiled.asm["ttgir"], threads)
+    if aligned:
+        for line, size in disassembly.narrow(code, tiles).items():
+            if not _is_listed(NARROW, kernel, line):
+                yield f"{size} bytes a thread at {line}"
+    if aligned and copies:  # a thread copies four bytes at least, which narrow elements of odd layouts are not
+        for line in sorted({tile.line for tile in tiles if tile.in_loop and tile.kind == "load"}):
+            if not _is_listed(SYNCHRONOUS, kernel, line):
+                yield f"no asynchronous copy at {line}"
+    for line in disassembly.approximations(compiled.asm.get("ptx", "")):
+        if not _is_listed(APPROXIMATE, kernel, line):
+            yield f"approximate division or root at {line}"
