@@ -53,9 +53,10 @@ def _is_listed(exceptions: Exceptions, kernel: str, line: str) -> bool:
     return (kernel, function) in exceptions or ("", function) in exceptions
 
 
-def defects(kernel: str, compiled: Any, code: str, threads: int, aligned: bool, copies: bool) -> Iterator[str]:
+def defects(
+    kernel: str, compiled: Any, code: str, tiles: list[disassembly.Tile], aligned: bool, copies: bool
+) -> Iterator[str]:
     """A line for each defect.  ``aligned``: of the inputs; ``copies``: the target has asynchronous copies."""
-    tiles = disassembly.tiles(compiled.asm["ttgir"], threads)
     if aligned:
         for line, size in disassembly.narrow(code, tiles).items():
             if not _is_listed(NARROW, kernel, line):

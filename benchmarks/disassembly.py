@@ -16,7 +16,18 @@ import triton
 _KINDS = {"LDG": "load", "STG": "store", "LDGSTS": "copy"}
 _AMD_KINDS = {"load": "load", "store": "store"}
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-_AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "byte": 1, "dword": 4, "b8": 1, "b16": 2, "b32": 4, "b64": 8}
+_AMD_BYTES = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "ushort": 2,
+    "short": 2,
+    "byte": 1,
+    "dword": 4,
+    "b8": 1,
+    "b16": 2,
+    "b32": 4,
+    "b64": 8,
+}
 _AMD_BYTES |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b96": 12, "b128": 16}
 _ELEMENT_BITS = {"f64": 64, "i64": 64, "f32": 32, "i32": 32, "f16": 16, "bf16": 16, "i16": 16, "i8": 8, "i1": 8}
 APPROXIMATE = re.compile(r"\b(?:div\.(?:full|approx)|(?:sqrt|rcp|rsqrt)\.approx)\S*f32")
@@ -51,7 +62,9 @@ def disassembled(compiled: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        )
         code = subprocess.run([tool("nvdisasm"), "-c", "-g", cubin], capture_output=True, text=True, check=True)
     return usage.stdout + code.stdout
 
@@ -100,7 +113,9 @@ def tiles(ttgir: str, threads: int) -> list[Tile]:
                 elements *= int(size)
             size = elements * _ELEMENT_BITS[pointer[2]] // 8 // threads
             location = re.findall(r"loc\((#loc\d*)\)", text)
-            found.append(Tile(kinds[operation[0]], size, line_of(location[-1]) if location else "", bool(loops)))
+            found.append(
+                Tile(kinds[operation[0]], size, line_of(location[-1]) if location else "", bool(loops))
+            )
     return found
 
 
@@ -114,6 +129,23 @@ def narrow(code: str, tile_accesses: list[Tile]) -> dict[str, int]:
         if access.line in expected and access.bytes < expected[access.line]:
             least[access.line] = min(least.get(access.line, 16), access.bytes)
     return least
+
+
+def matmul_operations(name: str) -> tuple[float, str] | None:
+    """Operations of one warp's matmul instruction and the kind of its operands; None for other instructions.
+
+    A warp group's HGMMA is issued by four warps.  Those of compute capability 10.0 do not name their size.
+    """
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.\w+\.(\w+)", name):
+        M, N, K = map(int, found.groups()[:3])
+        return 2 * M * N * K / 4, "tf32" if found[4].startswith("TF32") else "half"
+    if found := re.match(r"HMMA\.(16)(8)(\d+)\.", name):
+        M, N, K = map(int, found.groups())
+        return 2 * M * N * K, "tf32" if "TF32" in name else "half"
+    if found := re.match(r"v_mfma_f32_(\d+)x(\d+)x(\d+)_?(?:\d+b_)?(\w+)", name):
+        M, N, K = map(int, found.groups()[:3])
+        return 2 * M * N * K, {"xf32": "tf32", "f32": "fp32"}.get(found[4], "half")
+    return None
 
 
 def approximations(ptx: str) -> Counter[str]:

@@ -15,8 +15,8 @@ ACCEPTED has the exceptions from the last three, each with its reason.
 import concurrent.futures
 import functools
 import re
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -163,6 +163,8 @@ class Resources(NamedTuple):
     spilled: int  # bytes a thread
     shared: int
     ctas_per_sm: int
+    narrowest_load: int | None  # bytes a thread, of loads and asynchronous copies of tiles
+    copies: int  # asynchronous, in the code
     opcodes: tuple[str, ...]
     defects: tuple[str, ...]
 
@@ -174,7 +176,7 @@ def device_of(target: str) -> configs.Device:
     return configs.Device(name, 132 if backend == "cuda" else 304)
 
 
-def _variant(kernel: Any, keywords: dict[str, Any]) -> Variant:
+def variant_of(kernel: Any, keywords: dict[str, Any]) -> Variant:
     """What Triton would compile for a launch: by each argument's type, and whether it is 1 or a multiple of 16."""
     constants: dict[ArgumentPath, Any] = {}
     aligned: list[ArgumentPath] = []
@@ -249,25 +251,29 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
         triton_backend.gradient(plan, sources, matches.match_index, results[plan.outputs :], upstream, needs)
 
 
+def as_if_on(target: str, record: Callable[..., None]) -> Iterator[AbstractContextManager[Any]]:
+    """Contexts in which tensors have no data, the launchers choose as on a target, and ``record`` is called to launch."""
+    yield FakeTensorMode()
+    yield mock.patch.object(JITFunction, "run", record)
+    yield mock.patch.object(configs, "device_of", return_value=device_of(target))
+    yield mock.patch.object(arguments, "on_device", return_value=nullcontext())
+    # No kernel, and not for tensors without data.
+    yield mock.patch.object(launch_matching, "_sort_by_query", return_value=None)
+
+
 def variants(target: str) -> Iterator[Variant]:
     """Every different variant that the library launches on a target, for SHAPES, types, precisions and kinds of views."""
-    device = device_of(target)
     seen: dict[str, Variant] = {}
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
-        variant = _variant(kernel, keywords)
+        variant = variant_of(kernel, keywords)
         seen.setdefault(variant.key(), variant)
 
     # One loss of gathered rows: VICReg's kernels compute it.
     one_group = LOCAL_VIEWS._replace(view_source=LOCAL_VIEWS.view_source[:4], group_sizes=(4,))
-    with (
-        FakeTensorMode(),
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(configs, "device_of", return_value=device),
-        mock.patch.object(arguments, "on_device", return_value=nullcontext()),
-        # No kernel, and not for tensors without data.
-        mock.patch.object(launch_matching, "_sort_by_query", return_value=None),
-    ):
+    with ExitStack() as stack:
+        for context in as_if_on(target, record):
+            stack.enter_context(context)
         for shape in SHAPES:
             for dtype in DTYPES.values():
                 if shape[0] * shape[1] * shape[2] > 1 << 30:
@@ -289,14 +295,19 @@ def variants(target: str) -> Iterator[Variant]:
     yield from seen.values()
 
 
-def examine(variant: Variant, target: str) -> Resources:
-    """Compile a variant and look at what came out."""
+def compile_for(variant: Variant, target: str) -> Any:
+    """What Triton makes of a variant."""
     backend, arch = target.split(":")
     gpu_target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     attributes = {path: [["tt.divisibility", 16]] for path in variant.aligned}
     source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
-    compiled = triton.compile(source, target=gpu_target, options=variant.options)
-    threads = variant.options["num_warps"] * gpu_target.warp_size
+    return triton.compile(source, target=gpu_target, options=variant.options)
+
+
+def examine(variant: Variant, target: str) -> Resources:
+    """Compile a variant and look at what came out."""
+    backend, compiled = target.partition(":")[0], compile_for(variant, target)
+    threads = variant.options["num_warps"] * (32 if backend == "cuda" else 64)
     limit, per_sm = SHARED_MEMORY[target]
     code = disassembly.disassembled(compiled)
     if backend == "cuda":
@@ -326,8 +337,15 @@ def examine(variant: Variant, target: str) -> Resources:
         found.append("no tensor cores")
     if "i64" not in compiled.asm["ttir"]:
         found.append("no 64-bit offsets")
-    found += defects.defects(variant.name, compiled, code, threads, variant.is_aligned, backend == "cuda")
-    return Resources(registers, spilled, compiled.metadata.shared, ctas_per_sm, distinct, tuple(found))
+    tiles = disassembly.tiles(compiled.asm["ttgir"], threads)
+    found += defects.defects(variant.name, compiled, code, tiles, variant.is_aligned, backend == "cuda")
+    lines = {tile.line for tile in tiles if tile.kind != "store"}
+    loads = [access for access in disassembly.accesses(code) if access.kind != "store"]
+    return Resources(
+        registers, spilled, compiled.metadata.shared, ctas_per_sm,
+        min((access.bytes for access in loads if access.line in lines), default=None),
+        sum(access.kind == "copy" for access in loads), distinct, tuple(found),
+    )  # fmt: skip
 
 
 def _planned_ctas(variant: Variant, target: str) -> int:

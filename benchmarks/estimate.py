@@ -1,0 +1,224 @@
+"""``python -m benchmarks estimate``: what a shape would cost on a GPU that need not be there, by a stated model.
+
+Every kernel is compiled as the library would launch it.  Its time is the largest of
+
+    bytes at 80 % of the copy rate; matmul operations at 70 % of the peak; warp instructions at 0.6 a scheduler and cycle
+
+times waves rounded up over waves, plus 3 us a launch.  Bytes are those of its tensors, each read or written once.
+Nothing here is measured.  ``--against`` puts a card's measured times beside it.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vicreg_fast.backends import triton_backend
+from vicreg_fast.plan import TWO_VIEWS, local_views
+
+from . import cases, disassembly, instructions, resources, targets
+from .cases import Case
+from .targets import duration
+
+# The model's constants.
+COPY_SHARE, MATMUL_SHARE, ISSUE_RATE, LAUNCH_SECONDS = 0.8, 0.7, 0.6, 3e-6
+
+
+class Card(NamedTuple):
+    """A card's rates: bytes and operations a second; SMs, schedulers of one, and cycles a second."""
+
+    name: str
+    source: str
+    copy: float
+    bf16: float
+    tf32: float
+    sms: int
+    clock: float
+    schedulers: int = 4
+
+    @property
+    def ceilings(self) -> dict[str, Any]:
+        """As a result file has them: three TF32 matmuls reach float32 accuracy."""
+        rates = {"bf16": self.bf16, "high": self.tf32, "highest": self.tf32 / 3}
+        return {"copy_bytes_per_s": self.copy, "operations_per_s": rates}
+
+
+_SHEET = "the vendor's data sheet: peak bandwidth, dense matmuls, boost clock"
+CARDS = {
+    "cuda:80": Card("A100 80GB SXM", _SHEET, 2.04e12, 312e12, 156e12, 108, 1.41e9),
+    "cuda:86": Card("RTX A6000", _SHEET, 0.768e12, 155e12, 77e12, 84, 1.8e9),
+    "cuda:89": Card("L40S", _SHEET, 0.864e12, 362e12, 183e12, 142, 2.52e9),
+    "cuda:90": Card(
+        "H200",
+        "measured by others: copies of 4.3 TB/s, bfloat16 790 TFLOP/s",
+        4.3e12,
+        790e12,
+        395e12,
+        132,
+        1.7e9,
+    ),
+    "cuda:100": Card("B200", _SHEET, 8.0e12, 2250e12, 1125e12, 148, 1.85e9),
+    "cuda:120": Card("RTX PRO 6000", _SHEET, 1.79e12, 504e12, 252e12, 188, 2.6e9),
+    "hip:gfx942": Card("MI300X", _SHEET, 5.3e12, 1307e12, 653e12, 304, 2.1e9),
+}
+SHAPES = (
+    "256x8192-highest", "256x8192-high", "2048x8192-bf16", "2048x8192-high", "6528x512-bf16", "2600000x64-bf16",
+    "vicregl-128x49x512-m20-highest", "vicregl-128x49x512-m20-bf16", "vicregl-64x196x768-m20-bf16",
+    "matching-64x1024x768-m20-bf16",
+)  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """A launch that the library would make: what is compiled, its arguments by name, and its programs."""
+
+    variant: resources.Variant
+    arguments: dict[str, Any]
+    programs: int
+
+
+def launches(case: Case, target: str) -> list[Launch]:
+    """Every launch of a step, on tensors without data."""
+    made: list[Launch] = []
+
+    def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
+        arguments = {**keywords, "grid": math.prod(grid)}
+        made.append(Launch(resources.variant_of(kernel, keywords), arguments, math.prod(grid)))
+
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    shape = case.shape
+    with ExitStack() as stack:
+        for context in resources.as_if_on(target, record):
+            stack.enter_context(context)
+        if "N" in shape:
+            plan = TWO_VIEWS._replace(precision=case.precision)
+            sources = [empty(1, shape["N"], shape["D"]) for _ in range(2)]
+            results = triton_backend.terms(plan, sources, None)
+            triton_backend.gradient(plan, sources, None, results[plan.outputs :], results[:3], [True, True])
+            return made
+        sources = [empty(shape["B"], P, shape["C"]) for P in shape["P"]]
+        if case.suite == "matching":
+            matches = triton_backend.match(sources, [], (shape["m"],), "distance", False)
+            triton_backend.match_distances(*sources, matches.match_index.view(2, shape["B"], shape["m"]))
+            return made
+        counts = (shape["m"][0], shape["m"][1])
+        plan = local_views(counts)._replace(precision=case.precision)
+        locations = [empty(shape["B"], P, 2, dtype=torch.float32) for P in shape["P"]]
+        matches = triton_backend.match(sources, locations, counts, "distance", False)
+        results = triton_backend.terms(plan, sources, matches)
+        upstream = [*results[:3]] * len(plan.group_sizes)
+        triton_backend.gradient(
+            plan, sources, matches.match_index, results[plan.outputs :], upstream, [True, True]
+        )
+    return made
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for member in value:
+            yield from _tensors(member)
+
+
+def _traffic(arguments: dict[str, Any]) -> int:
+    """The bytes of a launch's tensors, each once; of the distances of matches only the matched rows."""
+    if "distance_ptr" in arguments:
+        x = arguments["x"].ptr
+        return int(2 * arguments["B"] * arguments["m"] * (arguments["C"] * x.element_size() + 8))
+    tensors = {id(tensor): tensor for value in arguments.values() for tensor in _tensors(value)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _matmul(name: str, card: Card) -> tuple[float, float]:
+    """Operations of an instruction of one warp, and their seconds at the card's peak; zeros if it is no matmul."""
+    operations, kind = disassembly.matmul_operations(name) or (0.0, "half")
+    # Of AMD's matmuls those of float32 have a quarter of TF32's rate.
+    return operations, operations / {"half": card.bf16, "tf32": card.tf32, "fp32": card.tf32 / 4}[kind]
+
+
+def kernel_record(launch: Launch, target: str) -> dict[str, Any]:
+    """What is known of a launch, and its time by the model."""
+    card, arguments, programs = CARDS[target], launch.arguments, launch.programs
+    compiled = resources.compile_for(launch.variant, target)
+    found = resources.examine(launch.variant, target)
+    text = disassembly.disassembled(compiled)
+    code = instructions.parse(text)
+    warps = launch.variant.options["num_warps"]
+    counts = code.executions(arguments)
+    issued = sum(counts) * warps * programs
+    matmuls = [(count, *_matmul(name, card)) for name, count in zip(code.instructions, counts, strict=True)]
+    operations = sum(count * each for count, each, _ in matmuls) * warps * programs
+    multiplying = sum(count * seconds for count, _, seconds in matmuls) * warps * programs
+    # Programs are spread over the SMs: a few of them still use all.
+    waves = programs / (card.sms * min(found.ctas_per_sm, math.ceil(programs / card.sms)))
+    moved = _traffic(arguments)
+    seconds = max(
+        moved / (COPY_SHARE * card.copy),
+        multiplying / MATMUL_SHARE,
+        issued / (ISSUE_RATE * card.sms * card.schedulers * card.clock),
+    )
+    return {
+        "kernel": launch.variant.name,
+        "configuration": str(launch.variant),
+        "programs": programs,
+        "registers": found.registers,
+        "spill_bytes": found.spilled,
+        "shared_bytes": found.shared,
+        "programs_per_sm": found.ctas_per_sm,
+        "waves": waves,
+        "narrowest_load_bytes": found.narrowest_load,
+        "async_copies": found.copies,
+        "loop_instructions": [loop.last - loop.first + 1 for loop in code.loops],
+        "warp_instructions": round(issued),
+        "operations": round(operations),
+        "bytes": moved,
+        "microseconds": 1e6 * (seconds * math.ceil(waves) / waves + LAUNCH_SECONDS),
+    }
+
+
+def shape_record(name: str, target: str) -> dict[str, Any]:
+    """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
+    case = next(case for case in cases.CASES if case.name == name)
+    kernels = [kernel_record(launch, target) for launch in launches(case, target)]
+    part = "forward" if case.suite == "matching" else "both"
+    floor = 1e6 * targets.roofline(case, CARDS[target].ceilings)[part]["seconds"]
+    total = sum(kernel["microseconds"] for kernel in kernels)
+    record = {"shape": name, "target": target, "triton": triton.__version__, "microseconds": total}
+    return record | {"floor_microseconds": floor, "share": floor / total, "kernels": kernels}
+
+
+def estimate(target: str, names: Sequence[str], out: str | None) -> int:
+    """Print and, with ``out``, write the estimates.  Returns the exit status."""
+    card = CARDS[target]
+    print(
+        f"{target} as {card.name} ({card.source}), Triton {triton.__version__}: estimated, nothing is measured"
+    )
+    shapes = []
+    with ProcessPoolExecutor() as pool:
+        for record in pool.map(functools.partial(shape_record, target=target), names):
+            shapes.append(record)
+            microseconds = f"{duration(record['microseconds'] * 1e-6)}, {record['share']:.0%} of the bound"
+            print(f"\n{record['shape']}: {microseconds} of {duration(record['floor_microseconds'] * 1e-6)}")
+            print(
+                f"  {'':24}{'time':>9}{'programs':>9}{'waves':>7}{'regs':>6}{'spill':>6}{'shared':>8}{'load':>5}{'copies':>7}{'instr.':>9}{'GFLOP':>8}{'MB':>8}"
+            )
+            for k in record["kernels"]:
+                print(
+                    f"  {k['kernel']:24}{duration(k['microseconds'] * 1e-6):>9}{k['programs']:>9}{k['waves']:>7.2f}{k['registers']:>6}"
+                    f"{k['spill_bytes']:>6}{k['shared_bytes']:>8}{k['narrowest_load_bytes'] or '':>5}{k['async_copies']:>7}"
+                    f"{k['warp_instructions']:>9.3g}{k['operations'] / 1e9:>8.3g}{k['bytes'] / 1e6:>8.4g}",
+                    flush=True,
+                )
+    if out is not None:
+        Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
+    return 0

@@ -1,0 +1,169 @@
+"""How many warp instructions and matmul operations a launch executes, counted from the machine code.
+
+A loop of the code belongs to the loop of the kernel's source that most of its instructions come from.  LOOPS has how often
+each loop of ``kernels/`` runs in the average program.  Both arms of a branch are counted, once.
+"""
+
+import ast
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import vicreg_fast.kernels
+
+Arguments = Mapping[str, Any]  # of a launch, by name; "grid": its programs
+
+
+def _steps(length: str, block: str) -> Callable[[Arguments], float]:
+    return lambda a: math.ceil(a[length] / a[block])
+
+
+def _on_diagonal(a: Arguments) -> float:
+    """The share of tiles that lie on the diagonal: those of a triangle of n rows are 2 / (n + 1)."""
+    rows = math.ceil((a["N"] if a.get("chunk_sums_ptr") is None else a["D"]) / a["BLOCK_M"])
+    return 2 / (rows + 1)
+
+
+def _gram_steps(a: Arguments) -> float:
+    """Full tiles take all features, splits their share."""
+    full = min(a["full_tiles"], a["grid"])
+    steps = full * math.ceil(a["D"] / a["BLOCK_K"]) + (a["grid"] - full) * math.ceil(
+        a["split_length"] / a["BLOCK_K"]
+    )
+    return steps / a["grid"]
+
+
+def _diagonal_blocks(a: Arguments) -> float:
+    rows = a.get("BLOCK_R", a["BLOCK_M"])
+    return _on_diagonal(a) * math.ceil(a["column_blocks"] / min(128, 2048 // rows))
+
+
+def _kinds(a: Arguments) -> float:
+    """The share of programs that compare features."""
+    return 0.5 if a["LOCATION_AXES"] else 1.0
+
+
+# By function, its loops in the order of the source, but for unrolled ones.
+LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
+    "_column_moments": [_steps("N", "BLOCK_N"), _steps("N", "BLOCK_N")],
+    "_moments_forward_kernel": [_steps("N", "BLOCK_N")],
+    "replace_diagonal": [_diagonal_blocks],
+    "_gram_tile": [_gram_steps],
+    "_sum_partials": [lambda a: 0.0],  # in one program
+    "_column_mean": [_steps("splits", "BLOCK_C")],
+    "_reduce_covariance": [_steps("splits", "BLOCK_C")],
+    "_splitk_reduction_kernel": [_steps("splits", "BLOCK_C")],
+    "_chunk_sums": [lambda a: _on_diagonal(a) * math.ceil(a["split_length"] / a["BLOCK_K"])],
+    "_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
+    "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
+    "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
+    "_accumulate": [_steps("D", "BLOCK_F")],
+    "_vicregl_forward_kernel": [_steps("D", "BLOCK_D")],
+    "_match_set_gradient": [_steps("D", "BLOCK_F")],
+    "_vicregl_gradient_kernel": [lambda a: 2.0],  # directions
+    "add_rows": [lambda a: 0.0],  # rows that are not finite
+    "_scatter_backward_kernel": [lambda a: a["VIEWS"], _steps("m", "BLOCK_K")],
+    "_feature_tile": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
+    "_match_forward_kernel": [_steps("P2", "BLOCK_C")],
+    "_nearest_of_blocks": [_steps("blocks", "BLOCKS_AT_ONCE")],
+    "_select_forward_kernel": [_steps("P1", "BLOCK")],
+    "_distance_forward_kernel": [_steps("C", "BLOCK_K")],
+}
+
+
+@functools.cache
+def source_loops() -> dict[str, tuple[str, int]]:
+    """The innermost loop of every line of ``kernels/``: of views.py:102, its function and which of its loops."""
+    found: dict[str, tuple[str, int]] = {}
+    for file in Path(vicreg_fast.kernels.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            loops = [
+                n
+                for n in ast.walk(function)
+                if isinstance(n, ast.For) and "static_range" not in ast.unparse(n.iter)
+            ]
+            loops.sort(key=lambda loop: loop.lineno)
+            for index, loop in enumerate(loops):  # an inner loop comes later and overwrites
+                for line in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1):
+                    found[f"{file.name}:{line}"] = (function.name, index)
+    return found
+
+
+class Loop(NamedTuple):
+    """A loop of the code: its first and last instruction, and the loop of the source, None where none is known."""
+
+    first: int
+    last: int
+    source: tuple[str, int] | None
+
+
+class Code(NamedTuple):
+    """The names of a kernel's instructions, with their modifiers, and its loops."""
+
+    instructions: list[str]
+    loops: list[Loop]
+
+    def executions(self, arguments: Arguments) -> list[float]:
+        """How often a warp of the average program executes each instruction."""
+        counts = [1.0] * len(self.instructions)
+        for loop in self.loops:
+            trips = self._trips(loop, arguments)
+            for position in range(loop.first, loop.last + 1):
+                counts[position] *= trips
+        return counts
+
+    def _trips(self, loop: Loop, arguments: Arguments) -> float:
+        """How often a loop runs.  A long and a short loop of one source loop are its unrolled form and the remainder."""
+        if loop.source is None:
+            return 1.0
+        function, index = loop.source
+        trips = LOOPS[function][index](arguments)
+        lengths = [other.last - other.first + 1 for other in self.loops if other.source == loop.source]
+        own = loop.last - loop.first + 1
+        unrolled = round(max(lengths) / min(lengths))
+        if unrolled < 2:
+            return trips
+        return trips // unrolled if own > 1.5 * min(lengths) else trips % unrolled
+
+
+def parse(code: str) -> Code:
+    """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly."""
+    names: list[str] = []
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    line, files = "", {}
+    for text in code.splitlines():
+        if source := re.search(r'//## File "([^"]*)", line (\d+)', text):
+            line = f"{Path(source[1]).name}:{source[2]}"
+        elif source := re.match(r'\s*\.file\s+(\d+) (?:"[^"]*" )?"([^"]*)"', text):
+            files[source[1]] = Path(source[2]).name
+        elif source := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            line = f"{files.get(source[1], '')}:{source[2]}"
+        elif label := re.match(r"\s*(\.L\w+):", text):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(
+            r"(?:\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)|\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+)\b)(.*)",
+            text,
+        ):
+            if target := re.search(r"(\.L\w+)", instruction[3]):
+                branches.append((len(names), target[1]))
+            names.append(instruction[1] or instruction[2])
+            lines.append(line)
+    regions: dict[int, int] = {}
+    for position, label in branches:
+        if labels.get(label, position) < position:
+            regions[labels[label]] = max(regions.get(labels[label], 0), position)
+    loops: list[Loop] = []
+    for first, last in sorted(regions.items(), key=lambda region: region[1] - region[0]):  # inner loops first
+        inner = {k for loop in loops for k in range(loop.first, loop.last + 1)}
+        votes = Counter(source_loops().get(lines[k]) for k in range(first, last + 1) if k not in inner)
+        votes.pop(None, None)
+        loops.append(Loop(first, last, votes.most_common(1)[0][0] if votes else None))
+    return Code(names, loops)
