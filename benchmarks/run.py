@@ -4,6 +4,7 @@
 """
 
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -117,8 +118,9 @@ def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Be
     full = timing.QUICK if arguments.quick else timing.FULL
     end = time.perf_counter() + _BUDGET[bench.device.type][arguments.quick] * len(cases) / len(shapes)
     status = 0
+    columns, lines = shutil.get_terminal_size()  # has a default for terminals that report no size
     # tqdm shows a bar on a terminal only: elsewhere a line for each shape.
-    with tqdm(cases, unit="shape", disable=None) as bar:
+    with tqdm(cases, unit="shape", disable=None, ncols=columns, nrows=lines) as bar:
         for index, case in enumerate(bar):
             bar.set_postfix_str(case.name)
             if bar.disable:

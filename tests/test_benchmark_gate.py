@@ -1,5 +1,6 @@
 """The benchmarks' gate: an incorrect provider is marked ``wrong`` and not timed."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -97,13 +98,18 @@ def test_matches_that_are_not_the_nearest_are_refused() -> None:
     assert "chosen" in str(gate.wrong(errors, gate.BOUNDS["bf16"]))
 
 
-def test_failed_reference_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reference_is_recorded_and_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
     def no_memory(*args: Any) -> None:
+        large = torch.ones(8)
+        made.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gate, "truth", no_memory)
     entry = judged(vicreg("highest", 4, 8), lambda x, y: {})
     assert (entry["status"], entry["reason"]) == ("out of memory", "float64 reference: CUDA out of memory")
+    assert [tensor() for tensor in made] == [None]
 
 
 def test_inputs_have_distinct_matches() -> None:
