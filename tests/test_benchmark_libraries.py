@@ -4,16 +4,15 @@ import logging
 import os
 import subprocess
 import sys
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import libraries, machine
+from benchmarks import libraries, machine, providers
+from benchmarks.cases import Case, local, vicreg
 from benchmarks.libraries import VICREG, VICREGL, Definition, Library, Losses
-from vicreg_fast import VICRegLLoss, VICRegLoss
+from vicreg_fast import VICRegLoss
 
 from .data import assert_exact
 
@@ -78,51 +77,26 @@ def test_nothing_is_imported_before_use() -> None:
 
 # -- installed libraries ------------------------------------------------------------------------------------------
 
+INSTALLED = [(VICREG[name], vicreg("highest", N, D)) for name in VICREG for N, D in ((32, 16), (9, 40))]
+INSTALLED += [
+    (VICREGL[name], local("highest", 6, patches, 8, matches, statistics="slot"))
+    for name in VICREGL
+    for patches in ((9, 9), (36, 30))
+    for matches in ((4, 4), (5, 3))
+]
 
-def find_or_skip(library: Library, *arguments: Any) -> Losses:
-    losses, reason = libraries.find(library, *arguments)
-    if losses is None:
+
+@pytest.mark.filterwarnings("default")  # some libraries warn when they are imported
+@pytest.mark.parametrize(("library", "case"), INSTALLED, ids=[f"{a.package}-{b.name}" for a, b in INSTALLED])
+def test_loss_equals_ours_at_its_definition(library: Library, case: Case) -> None:
+    theirs, reason = libraries.find(library, *([tuple(case.shape["m"])] if case.suite == "vicregl" else []))
+    if theirs is None:
         pytest.skip(str(reason))
-    return losses
-
-
-def value_and_gradients(losses: Losses, views: list[Tensor], *others: Tensor | None) -> list[Tensor]:
-    loss = losses(*views, *others)["loss"]
-    assert loss.shape == ()
-    return [loss, *torch.autograd.grad(loss, views)]
-
-
-# Some libraries warn when they are imported.
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("shape", [(32, 16), (9, 40)], ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("name", VICREG)
-def test_loss_equals_ours_at_its_definition(name: str, shape: tuple[int, int]) -> None:
-    theirs = find_or_skip(VICREG[name])
-    inv, var, cov, eps, *_ = VICREG[name].definition
-    ours = VICRegLoss(inv, var, cov, eps=eps, backend="reference")
-    x = 0.7 * torch.randn(shape, dtype=torch.float64)
-    y = x + 0.1 * torch.randn_like(x)
+    views = [z.detach().double() for z in case.inputs(0, torch.device("cpu"))]
     # One feature varies so little that eps shows, far above the error that is allowed.
-    x[:, 0] *= 1e-3
-    views = [x.requires_grad_(), y.requires_grad_()]
-    assert_exact(value_and_gradients(theirs, views), value_and_gradients(ours, views))
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("num_matches", [(4, 4), (5, 3)], ids="{0[0]}-{0[1]}".format)
-@pytest.mark.parametrize("patches", [(9, 9), (36, 30)], ids="{0[0]}-{0[1]}".format)
-@pytest.mark.parametrize("name", VICREGL)
-def test_local_loss_equals_ours_at_its_definition(
-    name: str, patches: tuple[int, int], num_matches: tuple[int, int]
-) -> None:
-    theirs = find_or_skip(VICREGL[name], num_matches)
-    inv, var, cov, eps, statistics, match_order = VICREGL[name].definition
-    options: dict[str, Any] = {"eps": eps, "statistics": statistics, "match_order": match_order}
-    loss = VICRegLLoss(num_matches, 0.0, inv, var, cov, **options, backend="reference")
-
-    def ours(x: Tensor, y: Tensor, x_locations: Tensor, y_locations: Tensor) -> dict[str, Tensor]:
-        return loss(x, y, None, None, x_locations, y_locations)
-
-    views = [(0.7 * torch.randn(6, P, 8, dtype=torch.float64)).requires_grad_() for P in patches]
-    locations = [torch.rand(6, P, 2, dtype=torch.float64) for P in patches]
-    assert_exact(value_and_gradients(theirs, views, *locations), value_and_gradients(ours, views, *locations))
+    views[0][..., 0] *= 1e-3 if case.suite == "vicreg" else 1
+    pair = [z.requires_grad_() for z in views[:2]]
+    ours = providers.ours_of(case, "reference", library.definition)
+    actual, exact = (losses(*views)["loss"] for losses in (theirs, ours))
+    assert actual.shape == ()
+    assert_exact([actual, *torch.autograd.grad(actual, pair)], [exact, *torch.autograd.grad(exact, pair)])
