@@ -174,11 +174,9 @@ def _vicreg_cases() -> Iterator[Case]:
     on_gpu = {(N, D, matmul): title for (N, D), title in titles.items() for matmul in DTYPES}
     on_gpu |= {(N, D, "high"): titles.get((N, D), "small" if N == D else "scaling") for N, D in lines}
     small = [(2, 1), (2, 4096), (8, 16), (33, 31), (64, 64), (128, 32), (4096, 1), (4096, 8), (256, 256)]
-    cpu_lines = [(8192, 256)] + [(N, 512) for N in powers[:-1]] + [(512, D) for D in powers[:-1]]
-    on_cpu = {
-        (N, D, "highest"): {"eager": cpu_targets.get((N, D), 1.0)}
-        for N, D in (*cpu_targets, *small, *cpu_lines)
-    }
+    cpu_lines = [(N, 512) for N in powers[:-1]] + [(512, D) for D in powers[:-1]]
+    cpu_sizes = [*cpu_targets, *small, (8192, 256), *cpu_lines]
+    on_cpu = {(N, D, "highest"): {"eager": cpu_targets.get((N, D), 1.0)} for N, D in cpu_sizes}
     compiled = {*targets, (256, 2048, "highest"), (256, 2048, "high"), (2048, 512, "highest")}
     compiled |= {key for key in on_gpu if key[1:] == (8192, "high")}
     for key in on_gpu | on_cpu:

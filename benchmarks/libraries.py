@@ -101,9 +101,8 @@ def _lightly_local(num_matches: tuple[int, int]) -> Losses:
     loss = importlib.import_module("lightly.loss").VICRegLLoss(alpha=0.0, num_matches=num_matches)
 
     def local(x_maps: Tensor, y_maps: Tensor, x_locations: Tensor, y_locations: Tensor) -> dict[str, Tensor]:
-        # One view is passed as global, one as local: of two global views lightly computes (x, y) and (y, x), the same
-        # work twice.  Patches are a grid with one row.  The global loss cannot be left out: its embeddings have one
-        # feature and its weight is 0.
+        # One view is global, one local: of two global views lightly computes (x, y) and (y, x), the same work twice.
+        # Patches are a grid with one row.  The global loss, of one feature, has weight 0: it cannot be left out.
         embeddings = x_maps.new_zeros(len(x_maps), 1)
         total = loss(
             global_view_features=[(embeddings, x_maps.unsqueeze(1))],

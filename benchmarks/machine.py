@@ -106,8 +106,7 @@ def commit(out: Path | None = None) -> dict[str, Any]:
 
     Result files, kept or in ``out``, are not changes.
     """
-    git = ("git", "-C", str(ROOT))
-    paths = [".", ":!benchmarks/results"]
+    git, paths = ("git", "-C", str(ROOT)), [".", ":!benchmarks/results"]
     if out is not None and out.resolve().is_relative_to(ROOT):
         paths.append(f":(exclude,glob){(out.resolve() / '*.json').relative_to(ROOT)}")
     try:

@@ -75,8 +75,8 @@ def definition_of(case: Case) -> Definition:
 
 def _weighted(terms: Sequence[reference.VICRegTerms], definition: Definition) -> dict[str, Tensor]:
     """The mean of several losses' terms, weighted, and their sum."""
-    means = [sum(term) / len(terms) for term in zip(*terms, strict=True)]
-    weighted = [w * mean for w, mean in zip(definition[:3], means, strict=True)]
+    means = (sum(term) / len(terms) for term in zip(*terms, strict=True))
+    weighted = [coefficient * mean for coefficient, mean in zip(definition[:3], means, strict=True)]
     return {**dict(zip(("inv-loss", "var-loss", "cov-loss"), weighted, strict=True)), "loss": sum(weighted)}
 
 

@@ -75,8 +75,6 @@ def test_nothing_is_imported_before_use() -> None:
     subprocess.run(command, cwd=machine.ROOT, check=True)
 
 
-# -- installed libraries ------------------------------------------------------------------------------------------
-
 INSTALLED = [(VICREG[name], vicreg("highest", N, D)) for name in VICREG for N, D in ((32, 16), (9, 40))]
 INSTALLED += [
     (VICREGL[name], local("highest", 6, patches, 8, matches, statistics="slot"))
