@@ -73,7 +73,9 @@ def not_timed(document: Document) -> str:
 def summary(document: Document) -> str:
     """What a run prints."""
     parts = [f"{title}\n\n{table}" for title, table, _ in tables(document)] or ["Nothing was timed."]
-    return "\n\n".join([*parts, f"Not timed\n\n{not_timed(document)}"])
+    if table := not_timed(document):
+        parts.append(f"Not timed\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def page(document: Document) -> Iterator[str]:
