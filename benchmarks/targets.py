@@ -118,7 +118,7 @@ def frame(document: Mapping[str, Any]) -> pd.DataFrame:
             row |= {"provider": name, "mode": mode, "ours": name == ours(record, mode)}
             rows.append(row | {"peak": provider["peak_bytes"][part]})
     table = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
-    words = table["median"].map(duration, na_action="ignore")
+    words = table["median"].map(duration, na_action="ignore").astype(object)
     return table.assign(time=words.fillna(table["status"].replace("unavailable", "–")))
 
 
