@@ -33,22 +33,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     run.add_argument("--suite", action="append", metavar="NAMES", help="as vicreg,vicregl,matching,distributed")
     run.add_argument("--shape", **several, help="(default: those of the device)")
     run.add_argument("--provider", **several, help="as eager or vicreg_fast-as-lightly (default: all)")
-    run.add_argument(
-        "--quick", action="store_true", help="few repetitions, and one shape of each kind by default"
-    )
+    run.add_argument("--quick", action="store_true", help="few repetitions; by default one shape of each kind")
     run.add_argument("--fresh", action="store_true", help="do not continue a run that was stopped")
     run.add_argument("--out", type=_folder, metavar="DIR", help="(default: benchmarks/results)")
-    report = commands.add_parser(
-        "report",
-        help="a Markdown page and figures, light and dark",
-        epilog="exit status: 0; 2 for an unusable file",
-    )
+    words = "a Markdown page and figures, light and dark"
+    report = commands.add_parser("report", help=words, epilog="exit status: 0; 2 for an unusable file")
     report.add_argument("files", nargs="*", metavar="FILE", help="(default: the latest in benchmarks/results)")
     report.add_argument("--compare", action="store_true", help="compare the files shape by shape")
     report.add_argument("--out", type=_folder, metavar="DIR", help="(default: benchmark-report)")
-    report.add_argument(
-        "--readme", action="store_true", help="write the tables of README.md and docs/benchmarks.md instead"
-    )
+    report.add_argument("--readme", action="store_true", help="write the tables of README.md and docs instead")
     resources = commands.add_parser(
         "resources",
         help="compile every kernel for a GPU that need not be there",

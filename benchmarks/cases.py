@@ -23,26 +23,21 @@ PARTS = ("forward", "backward", "both")
 class Case:
     """One shape at one matmul precision: "highest" or "high" of float32 inputs, or "bf16" inputs.
 
-    ``shape``: N samples, D features; B images, P patches, C channels, m matches of both directions.  ``samples``: rows or
-    images in a step.  ``elements``: of both views or maps together.  ``operations``: the least of each part; a
-    multiplication and an addition are two.
-
-    ``targets``: by device type, the least speed-up over a provider and the least share of the roofline bound ("floor").
-    ``devices``: the device types that measure the shape by default.  ``compiled``: they measure ``torch.compile`` too,
-    which takes up to half a minute a shape.
+    ``shape``: N samples, D features; B images, P patches, C channels, m matches of both directions.
     """
 
     suite: str
     name: str
     matmul: str
     shape: dict[str, Any]
-    samples: int
-    elements: int
-    operations: Operations
+    samples: int  # rows or images in a step
+    elements: int  # of both views or maps together
+    operations: Operations  # the least of each part; a multiplication and an addition are two
     title: str = ""
+    # By device type, the least speed-up over a provider and the least share of the roofline bound ("floor").
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    devices: Sequence[str] = ("cuda",)
-    compiled: bool = False
+    devices: Sequence[str] = ("cuda",)  # the device types that measure the shape by default
+    compiled: bool = False  # they measure torch.compile too, which takes up to half a minute a shape
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -124,14 +119,6 @@ def vicreg(matmul: str, N: int, D: int, title: str = "", suite: str = "vicreg", 
 Pair = int | tuple[int, int]  # one number for both maps or directions, or one for each
 
 
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _name_of(pair: tuple[int, int]) -> str:
-    return "+".join(map(str, dict.fromkeys(pair)))
-
-
 def local(
     matmul: str, B: int, patches: Pair, C: int, matches: Pair | None = None, title: str = "", *,
     statistics: str = "image", match_order: str = "distance", suite: str = "vicregl", **options: Any,
@@ -141,7 +128,8 @@ def local(
     Feature distances, for which TF32 is too coarse, then VICReg of four match sets.  Location distances are negligible.
     With suite "matching" only the nearest patches of the second map for those of the first, nearest first.
     """
-    P, m = _pair(patches), _pair(patches if matches is None else matches)
+    P, m = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (patches, matches or patches))
+    of_patches, of_matches = ("+".join(map(str, dict.fromkeys(pair))) for pair in (P, m))
     distances = Counter({"bf16" if matmul == "bf16" else "highest": 2 * B * P[0] * P[1] * C})
     shape: dict[str, Any] = {"B": B, "P": [*P], "C": C}
     if suite == "matching":
@@ -151,9 +139,9 @@ def local(
         # The samples of a problem are an image's matches, or a match slot of all images.
         half = sum(2 * 2 * B * k * C * min(k if statistics == "image" else B, C) for k in m)
         operations = _by_part(distances + Counter({matmul: half}), Counter({matmul: 2 * half}))
-    count = "all" if matches is None else f"m{_name_of(m)}"
-    slot = "" if statistics == "image" else "-slot"
-    name = f"{suite}-{B}x{_name_of(P)}x{C}-{count}{slot}-{matmul}"
+    count = f"m{of_matches}" if matches else "all"
+    slot = "-slot" if statistics == "slot" else ""
+    name = f"{suite}-{B}x{of_patches}x{C}-{count}{slot}-{matmul}"
     return Case(suite, name, matmul, shape, B, B * sum(P) * C, operations, title, **options)
 
 
@@ -183,21 +171,20 @@ def _vicreg_cases() -> Iterator[Case]:
     # Over N at D = 2048 and over D at N = 2048: the smaller side changes at 2048 x 2048.
     powers = [2**k for k in range(6, 15)]
     lines = [(N, 2048) for N in powers] + [(2048, D) for D in powers] + [(64, 64), (512, 4096), (8192, 256)]
-    on_gpu = [(N, D, matmul) for N, D in titles for matmul in DTYPES] + [(N, D, "high") for N, D in lines]
+    on_gpu = {(N, D, matmul): title for (N, D), title in titles.items() for matmul in DTYPES}
+    on_gpu |= {(N, D, "high"): titles.get((N, D), "small" if N == D else "scaling") for N, D in lines}
     small = [(2, 1), (2, 4096), (8, 16), (33, 31), (64, 64), (128, 32), (4096, 1), (4096, 8), (256, 256)]
-    cpu_lines = [(8192, 256)] + [(N, 512) for N in powers[:-1]] + [(512, D) for D in powers[:-1]]
-    on_cpu = [(N, D, "highest") for N, D in (*cpu_targets, *small, *cpu_lines)]
-    for key in dict.fromkeys([*on_gpu, *on_cpu]):
-        N, D, matmul = key
-        other = "on a CPU" if key not in on_gpu else "small" if N == D == 64 else "scaling"
-        compiled = key in targets or (matmul == "high" and (D == 8192 or (N, D) == (256, 2048)))
-        compiled |= key in ((256, 2048, "highest"), (2048, 512, "highest"))
-        goals = {"cuda": targets[key]} if key in targets else {}
-        if key in on_cpu:
-            goals["cpu"] = {"eager": cpu_targets.get((N, D), 1.0)}
+    cpu_lines = [(N, 512) for N in powers[:-1]] + [(512, D) for D in powers[:-1]]
+    cpu_sizes = [*cpu_targets, *small, (8192, 256), *cpu_lines]
+    on_cpu = {(N, D, "highest"): {"eager": cpu_targets.get((N, D), 1.0)} for N, D in cpu_sizes}
+    compiled = {*targets, (256, 2048, "highest"), (256, 2048, "high"), (2048, 512, "highest")}
+    compiled |= {key for key in on_gpu if key[1:] == (8192, "high")}
+    for key in on_gpu | on_cpu:
+        goals = {device: table[key] for device, table in (("cuda", targets), ("cpu", on_cpu)) if key in table}
         devices = [device for device, keys in (("cuda", on_gpu), ("cpu", on_cpu)) if key in keys]
-        title = titles.get((N, D), other) if key in on_gpu else other
-        yield vicreg(matmul, N, D, title, targets=goals, devices=devices, compiled=compiled)
+        N, D, matmul = key
+        title = on_gpu.get(key, "on a CPU")
+        yield vicreg(matmul, N, D, title, targets=goals, devices=devices, compiled=key in compiled)
 
 
 def _cuda(**targets: float) -> dict[str, Any]:
@@ -246,12 +233,8 @@ CASES = (*_VICREG, *_LOCAL, *_MATCHING, *_DISTRIBUTED)
 SUITES = tuple(dict.fromkeys(case.suite for case in CASES))
 # Every suite in one minute: one shape of each kind on a GPU, small ones on a CPU.
 QUICK = {
-    "cuda": (
-        "256x8192-high", "2048x8192-bf16", "6528x512-bf16", "vicregl-128x49x512-m20-bf16",
-        "matching-64x1024x768-m20-bf16", "ranks-256x8192-high",
-    ),
-    "cpu": (
-        "64x64-highest", "256x2048-highest", "2048x512-highest", "vicregl-32x49x512-m10-highest",
-        "matching-64x49x512-m20-highest", "ranks-256x2048-highest",
-    ),
+    "cuda": ("256x8192-high", "2048x8192-bf16", "6528x512-bf16", "vicregl-128x49x512-m20-bf16",
+             "matching-64x1024x768-m20-bf16", "ranks-256x8192-high"),
+    "cpu": ("64x64-highest", "256x2048-highest", "2048x512-highest", "vicregl-32x49x512-m10-highest",
+            "matching-64x49x512-m20-highest", "ranks-256x2048-highest"),
 }  # fmt: skip

@@ -1,11 +1,7 @@
-"""The gate: every provider is judged against the definition in float64 before it is timed.
-
-An incorrect provider is marked ``wrong`` and not timed.
-"""
+"""The gate: a provider that disagrees with the definition in float64 is marked ``wrong`` and not timed."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,31 +21,26 @@ from .libraries import Definition, Losses
 BOUNDS = {"highest": 2e-5, "high": 4e-3, "bf16": 3e-2}
 # The covariance gradient could be lost beside the other terms, so it is judged by itself too.
 _DIFFERENTIATED = ("loss", "cov-loss")
-
-
-class Evaluation(NamedTuple):
-    """Values by name, and by name of a loss the gradients of the inputs that need one."""
-
-    values: dict[str, Tensor]
-    gradients: dict[str, tuple[Tensor, ...]]
+# By name: a value, or the "gradient of" a loss with respect to the inputs that need one.
+Evaluation = dict[str, tuple[Tensor, ...]]
 
 
 def evaluation(
     case: Case, inputs: Inputs, results: Mapping[str, Tensor], gradients: tuple[Tensor, ...] = ()
 ) -> Evaluation:
-    """The losses and their gradients.  For matches the returned distances, and float64 distances of the chosen patches.
+    """The losses and their gradient.  For matches the returned distances, and float64 distances of the chosen patches.
 
     Indices are not compared: where two candidates are equally near up to rounding, both are correct.
     """
     if case.suite != "matching":
-        values = {name: value.detach() for name, value in results.items()}
-        return Evaluation(values, {"loss": gradients} if gradients else {})
+        values = {name: (value.detach(),) for name, value in results.items()}
+        return values | ({"gradient of loss": gradients} if gradients else {})
     x, y = (
         reference.gather_rows(z.double(), results[name])
         for z, name in zip(inputs, ("query", "candidate"), strict=True)
     )
     distance = (x - y).square().sum(-1).sqrt()
-    return Evaluation({"distance": results["distance"], "distance of the chosen": distance}, {})
+    return {"distance": (results["distance"],), "distance of the chosen": (distance,)}
 
 
 def _mean_terms(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +49,7 @@ def _mean_terms(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return results
     terms = ("inv-loss", "var-loss", "cov-loss")
     means = {term: (results[f"location/{term}"] + results[f"feature/{term}"]) / 2 for term in terms}
-    return {**means, "loss": results["loss"]}
+    return means | {"loss": results["loss"]}
 
 
 def evaluate(case: Case, losses: Losses, inputs: Inputs) -> Evaluation:
@@ -70,43 +61,46 @@ def evaluate(case: Case, losses: Losses, inputs: Inputs) -> Evaluation:
     results = _mean_terms(losses(*inputs))
     leaves = [z for z in inputs if z.requires_grad]
     names = [name for name in _DIFFERENTIATED if name in results and leaves]
-    gradients = {
-        name: torch.autograd.grad(results[name], leaves, retain_graph=name != names[-1]) for name in names
+    return evaluation(case, inputs, results) | {
+        f"gradient of {name}": torch.autograd.grad(results[name], leaves, retain_graph=name != names[-1])
+        for name in names
     }
-    return evaluation(case, inputs, results)._replace(gradients=gradients)
 
 
-def truth(case: Case, definition: Definition, inputs: Inputs) -> Evaluation:
-    """The definition in float64.  Gradients are kept in float32, whose 6e-8 is far below the bounds."""
-    wide = tuple(z.detach().double().requires_grad_(z.requires_grad) for z in inputs)
+def truth(case: Case, definition: Definition, inputs: Inputs, rank: int = 0, ranks: int = 1) -> Evaluation:
+    """The definition in float64, kept in float32, whose 6e-8 is far below the bounds.
+
+    Several ranks: of all rows in one process, with this rank's rows of the gradients.  Data parallelism averages the
+    gradients of the ranks, so each is ``ranks`` times as large.
+    """
+    parts = [case.inputs(seed, inputs[0].device) for seed in range(ranks)] if ranks > 1 else [inputs]
+    rows = [torch.cat(views).detach().double() for views in zip(*parts, strict=True)]
+    wide = tuple(z.requires_grad_(view.requires_grad) for z, view in zip(rows, inputs, strict=True))
     if case.suite == "matching":
         d = reference.distances(*wide).min(-1).values.sort(-1).values[:, : case.shape["m"]]
-        return Evaluation({"distance": d, "distance of the chosen": d}, {})
-    values, gradients = evaluate(case, providers.eager_of(case, definition), wide)
-    return Evaluation(values, {name: tuple(g.float() for g in group) for name, group in gradients.items()})
+        return {"distance": (d,), "distance of the chosen": (d,)}
+    exact = evaluate(case, providers.eager_of(case, definition), wide)
 
+    def own(z: Tensor) -> Tensor:
+        return ranks * z.float().chunk(ranks)[rank] if z.dim() else z
 
-def _relative_error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The Euclidean norm of the difference of two groups of tensors, relative to that of the exact group."""
-    error = sum(float((a.double() - e).square().sum()) for a, e in zip(actual, exact, strict=True))
-    size = sum(float(e.double().square().sum()) for e in exact)
-    if size > 0:
-        return math.sqrt(error / size)
-    return 0.0 if error == 0 else math.inf
+    return {name: tuple(map(own, tensors)) for name, tensors in exact.items()}
 
 
 def errors(actual: Evaluation, exact: Evaluation) -> dict[str, float]:
-    """The relative error of each value, and of the gradients of each loss with respect to all inputs together."""
-    relative = {name: _relative_error([value], [exact.values[name]]) for name, value in actual.values.items()}
-    for name, gradients in actual.gradients.items():
-        relative[f"gradient of {name}"] = _relative_error(gradients, exact.gradients[name])
+    """The Euclidean norm of the difference of each group of tensors, relative to that of the exact group."""
+    relative = {}
+    for name, tensors in actual.items():
+        pairs = zip(tensors, exact[name], strict=True)
+        error = sum(float((a.double() - e).square().sum()) for a, e in pairs)
+        size = sum(float(e.double().square().sum()) for e in exact[name])
+        relative[name] = math.sqrt(error / size) if size > 0 else math.inf if error else 0.0
     return relative
 
 
 def wrong(relative: Mapping[str, float], bound: float) -> str | None:
     """The largest error in words where it exceeds the bound or is NaN; None otherwise."""
-    bad = {name: error for name, error in relative.items() if not error <= bound}
-    if not bad:
+    name = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
+    if relative[name] <= bound:
         return None
-    name = max(bad, key=lambda name: math.inf if math.isnan(bad[name]) else bad[name])
-    return f"{name}: error {bad[name]:.1e} of its size against float64, {bound:.0e} allowed"
+    return f"{name}: error {relative[name]:.1e} of its size against float64, {bound:.0e} allowed"

@@ -5,11 +5,12 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -50,18 +51,18 @@ def version(package: str) -> str | None:
 
 
 @cache  # a failed import takes seconds, and the second attempt may fail at the remains of the first
-def find(library: Library, *arguments: Any) -> Losses | str:
-    """The loss that ``load`` returns, or in one line why it is unavailable."""
+def find(library: Library, *arguments: Any) -> tuple[Losses | None, str | None]:
+    """The loss that ``load`` returns, or in one line the reason why it is unavailable."""
     installed = version(library.package)
     if installed is None:
-        return f"{library.package} is not installed"
+        return None, f"{library.package} is not installed"
     try:
         with _process_unchanged():
-            return library.load(*arguments)
+            return library.load(*arguments), None
     except Exception as error:  # a library built for another torch raises more than ImportError
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-        return f"{library.package} {installed} cannot be imported: {reason}"
+        return None, f"{library.package} {installed} cannot be imported: {reason}"
 
 
 @contextmanager
@@ -90,13 +91,9 @@ def _solo_learn() -> Losses:
     package = importlib.util.find_spec("solo")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'solo'")
+    module = ModuleType("vicreg_of_solo_learn")
     path = Path(package.submodule_search_locations[0], "losses", "vicreg.py")
-    spec = importlib.util.spec_from_file_location("vicreg_of_solo_learn", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no loader for {path.name}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # torch.compile looks up the globals of its functions here
-    spec.loader.exec_module(module)
+    SourceFileLoader(module.__name__, str(path)).exec_module(module)
     return _named(module.vicreg_loss_func)
 
 
@@ -104,9 +101,8 @@ def _lightly_local(num_matches: tuple[int, int]) -> Losses:
     loss = importlib.import_module("lightly.loss").VICRegLLoss(alpha=0.0, num_matches=num_matches)
 
     def local(x_maps: Tensor, y_maps: Tensor, x_locations: Tensor, y_locations: Tensor) -> dict[str, Tensor]:
-        # One view is passed as global, one as local: of two global views lightly computes (x, y) and (y, x), the same
-        # work twice.  Patches are a grid with one row.  The global loss cannot be left out: its embeddings have one
-        # feature and its weight is 0.
+        # One view is global, one local: of two global views lightly computes (x, y) and (y, x), the same work twice.
+        # Patches are a grid with one row.  The global loss, of one feature, has weight 0: it cannot be left out.
         embeddings = x_maps.new_zeros(len(x_maps), 1)
         total = loss(
             global_view_features=[(embeddings, x_maps.unsqueeze(1))],
@@ -129,7 +125,6 @@ VICREG = {
         "stable-pretraining", _SUM_COV, partial(_default, "stable_pretraining.losses")
     ),
 }
-
 # load(num_matches) -> (x_maps, y_maps, x_locations, y_locations) -> {"loss": ...}, the local loss alone.
 VICREGL = {
     # The sum of location and feature, each a mean over directions and views.

@@ -21,11 +21,8 @@ _TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xp
 
 
 def _output(*command: str) -> str:
-    """The standard output of a command; OSError where it is missing, fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{command[0]} did not answer") from error
+    """The standard output of a command; OSError where it is missing or fails, TimeoutExpired where it hangs."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     if done.returncode:
         raise OSError(f"{command[0]} failed: {(done.stderr or done.stdout).strip().partition(chr(10))[0]}")
     return done.stdout
@@ -54,21 +51,18 @@ def device(name: str | None) -> torch.device:
     return torch.device(full)
 
 
-def _uuid(device: torch.device) -> str | None:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return None if uuid is None else f"GPU-{uuid}"
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """The device and the versions of the software that runs on it; null for what does not apply."""
-    about: dict[str, Any] = {"device": devices()[str(device)], "kind": device.type, "index": device.index}
-    about |= dict.fromkeys(("uuid", "capability", "multiprocessors", "l2_bytes", "memory_bytes"))
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about |= {"uuid": _uuid(device), "capability": f"{gpu.major}.{gpu.minor}"}
-        about |= {"multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size}
-        about["memory_bytes"] = gpu.total_memory
-    return about | {
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "device": devices()[str(device)],
+        "kind": device.type,
+        "index": device.index,
+        "uuid": f"GPU-{gpu.uuid}" if gpu else None,
+        "capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+        "multiprocessors": gpu.multi_processor_count if gpu else None,
+        "l2_bytes": gpu.L2_cache_size if gpu else None,
+        "memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "torch": torch.__version__,
@@ -96,14 +90,14 @@ def clocks(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {**unknown, "reason": "no GPU is measured"}
     # torch counts the visible devices and nvidia-smi all of them.  Both know the UUID.
-    which = _uuid(device) or str(device.index)
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = f"--query-gpu={','.join(_QUERY.values())}"
     try:
-        line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", which).strip()
+        line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "-i", which)
         cells = [cell.strip() for cell in line.split(",")]
         numbers = [float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else None for cell in cells]
         return dict(zip(_QUERY, numbers, strict=True)) | {"driver": cells[0], "reason": None}
-    except (OSError, ValueError) as error:
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         return {**unknown, "reason": str(error)}
 
 
@@ -112,8 +106,7 @@ def commit(out: Path | None = None) -> dict[str, Any]:
 
     Result files, kept or in ``out``, are not changes.
     """
-    git = ("git", "-C", str(ROOT))
-    paths = [".", ":!benchmarks/results"]
+    git, paths = ("git", "-C", str(ROOT)), [".", ":!benchmarks/results"]
     if out is not None and out.resolve().is_relative_to(ROOT):
         paths.append(f":(exclude,glob){(out.resolve() / '*.json').relative_to(ROOT)}")
     try:
@@ -123,7 +116,7 @@ def commit(out: Path | None = None) -> dict[str, Any]:
         for name in filter(None, untracked.split("\0")):
             path = ROOT / name
             changes += name.encode() + (path.read_bytes() if path.is_file() else b"")
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         return {"commit": None, "dirty": None, "changes": None, "reason": str(error)}
     digest = hashlib.sha256(changes).hexdigest()[:12] if changes else None
     return {"commit": head, "dirty": bool(changes), "changes": digest, "reason": None}

@@ -3,8 +3,11 @@
 Every result is written into an entry that ``results/schema.json`` describes.
 """
 
+import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,15 +15,14 @@ import numpy as np
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from . import gate, graphs, providers, timing
+from . import gate, graphs, providers
 from .cases import PARTS, Case, Inputs
 from .libraries import Definition
 from .providers import Provider
-from .timing import Bench, Effort, Run, Step, Times, tensor_bytes
+from .timing import Bench, Effort, Step, Times
 
 Record = dict[str, Any]
-Truths = dict[Definition, gate.Evaluation | Exception]  # the float64 answer by definition
-_MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError)
+Truths = dict[Definition, gate.Evaluation]  # the float64 answer by definition
 # The CPU allocator raises a plain RuntimeError; so do the driver, when it builds a graph, Triton and cuBLAS.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -52,7 +54,7 @@ def recorded(entry: Record) -> Iterator[None]:
         # A capture that runs out of memory raises a second exception where it ends: the first is its context.
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, _MEMORY_ERRORS) or any(words in str(cause) for words in _OUT_OF_MEMORY):
+            if isinstance(cause, MemoryError) or any(words in str(cause) for words in _OUT_OF_MEMORY):
                 entry.update(status="out of memory", reason=line)
             cause = cause.__context__
 
@@ -69,6 +71,22 @@ def write_times(entry: Record, rounds: Sequence[Mapping[str, Times]], with_host:
         entry[part] = quantiles([times[part].device for times in rounds])
         if with_host:
             entry["host"][part] = quantiles([times[part].host for times in rounds])
+
+
+def _guard(bench: Bench, entry: Record) -> AbstractContextManager[None]:
+    """Record exceptions.  Of several ranks one that raised ends them all, or the other ranks would wait."""
+    return recorded(entry) if bench.ranks == 1 else nullcontext()
+
+
+def _truth(truths: Truths, case: Case, definition: Definition, inputs: Inputs, bench: Bench) -> gate.Evaluation:
+    """The float64 answer of a definition, computed once."""
+    if definition not in truths:
+        try:
+            truths[definition] = gate.truth(case, definition, inputs, bench.rank, bench.ranks)
+        except Exception as error:
+            error.args = (f"float64 reference: {error}",)
+            raise
+    return truths[definition]
 
 
 def prepare(
@@ -90,104 +108,98 @@ def prepare(
     if failed := [verdict for verdict in verdicts if verdict[0] != "right"]:
         entry["status"], entry["reason"] = min(failed)  # "error" before "out of memory"
         return []
-    errors = dict(zip(errors, bench.largest(list(errors.values())), strict=True))
+    errors = dict(zip(errors, bench.largest([*errors.values()]), strict=True))
     entry["errors"] = {what: error if math.isfinite(error) else None for what, error in errors.items()}
     if reason := gate.wrong(errors, gate.BOUNDS[case.matmul]):
         entry.update(status="wrong", reason=reason)
         return []
     with _guard(bench, entry):
         steps = [Step(provider.losses, inputs) for inputs in sets]
-        entry["peak_bytes"].update(steps[0].peak_bytes(bench.peak_bytes))
+        entry["peak_bytes"].update(steps[0].peak_bytes(bench))
         return steps
     return []
 
 
-def _guard(bench: Bench, entry: Record) -> AbstractContextManager[None]:
-    """Record exceptions.  Of several ranks one that raised ends them all, or the other ranks would wait."""
-    return recorded(entry) if bench.ranks == 1 else nullcontext()
-
-
-def _truth(truths: Truths, case: Case, definition: Definition, inputs: Inputs, bench: Bench) -> gate.Evaluation:
-    """The float64 answer of a definition.  One that fails is not tried again."""
-    if definition not in truths:
-        try:
-            truths[definition] = bench.truth(case, definition, inputs)
-        except Exception as error:
-            error.args = (f"float64 reference: {error}",)
-            # Without its traceback, whose frames hold the tensors that filled the memory.
-            truths[definition] = error.with_traceback(None)
-    exact = truths[definition]
-    if isinstance(exact, Exception):
-        raise exact
-    return exact
-
-
 def measure(
-    case: Case, record: Record, bench: Bench, effort: Effort, only: Sequence[str] | None = None,
-    skip_compile: bool = False, progress: Callable[[str], None] = lambda activity: None,
-) -> None:  # fmt: skip
+    case: Case, record: Record, bench: Bench, effort: Effort, only: Sequence[str] | None, skip_compile: bool
+) -> None:
     """Judge and time every provider of a shape.  Fills ``record``."""
     bench.free()
     sets = [case.inputs(bench.rank, bench.device)]
-    seeds = range(bench.rank + bench.ranks, bench.ranks * bench.sets(tensor_bytes(*sets[0])), bench.ranks)
-    sets += [case.inputs(seed, bench.device) for seed in seeds]
+    count = bench.sets(sum(z.nbytes for z in sets[0]))
+    sets += [case.inputs(bench.rank + index * bench.ranks, bench.device) for index in range(1, count)]
     truths: Truths = {}
     steps: dict[str, list[Step]] = {}
     for name, provider in providers.providers(case, bench.device, only, skip_compile):
-        progress(f"{case.name}, judging {name}")
         entry = record["providers"][name] = provider_record(provider)
         if ready := prepare(case, provider, bench, sets, truths, entry):
             steps[name] = ready
-    progress(f"{case.name}, timing")
-    runs = {name: timing.launched(bench, ready) for name, ready in steps.items()}
-    _time("launch", runs, record, bench, effort)
-    if bench.has_graphs:
-        # After the launches: a capture empties the cache of memory that they draw on.
-        captured = {name: _captured(case, name, ready, truths, bench, record) for name, ready in steps.items()}
-        progress(f"{case.name}, timing graphs")
-        runs = {name: graphs.replayed(bench, ready) for name, ready in captured.items() if ready}
-        _time("graph", runs, record, bench, effort)
+    # A collection of garbage takes longer than a call, and one that destroys a graph may end the capture of another.
+    gc.collect()
+    gc.disable()
+    try:
+        interleaved("launch", steps, record["providers"], bench, effort)
+        if bench.has_graphs:
+            # After the launches: a capture empties the cache of memory that they draw on.
+            captured = {name: _captured(case, name, steps[name], truths, bench, record) for name in steps}
+            interleaved("graph", captured, record["providers"], bench, effort)
+    finally:
+        gc.enable()
 
 
-def _time(mode: str, runs: Mapping[str, Run], record: Record, bench: Bench, effort: Effort) -> None:
-    entries = {name: mode_record(mode, record["providers"][name]) for name in runs}
-
-    def stop(over: bool) -> bool:  # the first rank's clock decides for all
-        return bool(bench.agree(over)[0])
-
-    times = timing.interleaved(runs, effort, lambda name: _guard(bench, entries[name]), stop)
-    for name, rounds in times.items():
-        write_times(entries[name], rounds, bench.has_graphs)
+def interleaved(
+    mode: str,
+    steps: Mapping[str, Sequence[Step | graphs.Graphs]],
+    entries: Mapping[str, Record],
+    bench: Bench,
+    effort: Effort,
+) -> None:
+    """Time the providers that have steps, in rounds of which the first is not counted.  One that raises is dropped."""
+    order, begin = deque(name for name in steps if steps[name]), time.perf_counter()
+    samples: dict[str, list[dict[str, Times]]] = {name: [] for name in order}
+    for index in range(effort.most + 1):
+        for name in tuple(order):
+            entry = mode_record(mode, entries[name])
+            with _guard(bench, entry):
+                samples[name].append(steps[name][index % len(steps[name])].time(bench))
+            if entry["status"]:
+                order.remove(name)
+        order.rotate(-1)
+        over = index >= effort.least and time.perf_counter() - begin >= effort.seconds
+        if not order or bench.agree(over)[0]:  # the first rank's clock decides for all
+            break
+    for name in order:
+        write_times(entries[name]["modes"][mode], samples[name][1:], bench.has_graphs)
 
 
 def _captured(
     case: Case, name: str, steps: Sequence[Step], truths: Truths, bench: Bench, record: Record
 ) -> list[graphs.Graphs]:
-    """Judged graphs of every set, each replayed once, because the first replay takes longer.
+    """Judged graphs of every set, each replayed once; none where one is wrong or cannot be captured.
 
-    None, with the reason in the record, where one is wrong or cannot be captured.  The graphs of the first set are judged
-    against float64, those of the other sets against the step without a graph.
+    Those of the first set are judged against float64, those of the other sets against the step without a graph.
     """
     provider, captured = record["providers"][name], []
     launch, entry = provider["modes"]["launch"], mode_record("graph", provider)
     if launch["status"] != "timed":
         entry.update(status=launch["status"], reason=launch["reason"])
         return []
-    with recorded(entry), timing.collected():
+    exact = truths[Definition(**provider["definition"])]
+    gc.collect()
+    with recorded(entry):
         pool = torch.cuda.graph_pool_handle()
-        exact = _truth(truths, case, Definition(**provider["definition"]), (), bench)
         for index, step in enumerate(steps):
             if index > 0:
                 step.both()
                 exact = gate.evaluation(case, step.inputs, step.results, step.gradients)
                 step.clear()
             graph = graphs.Graphs(step, pool, bench.stream)
-            for outputs in graph.replayed():
+            for outputs in graph.first_replay():
                 errors = gate.errors(gate.evaluation(case, step.inputs, *outputs), exact)
                 if reason := gate.wrong(errors, gate.BOUNDS[case.matmul]):
                     entry.update(status="wrong", reason=reason)
                     return []
-            graph.forget()
+            del outputs  # their memory is the pool's
             captured.append(graph)
         return captured
     # Other code may wait for the host, as a boolean mask does, and cannot be captured.  In vicreg_fast that is an error.

@@ -51,17 +51,16 @@ def names() -> list[str]:
 
 @contextmanager
 def matmul_precision(precision: str | None, device: torch.device) -> Iterator[None]:
-    """Let torch's float32 matmuls use TF32 at "high" and float32 otherwise, in eager code and in Inductor.
+    """Let torch's float32 matmuls use TF32 at "high" and float32 otherwise; a CPU always multiplies in float32.
 
-    This uses the older of torch's two interfaces, which sets both: with ``fp32_precision`` alone, Inductor of torch 2.11
-    and older reads the older one and raises.  A CPU multiplies in float32 whatever is set.
+    The older of torch's two interfaces sets both; Inductor of torch 2.11 and older raises where they differ.
     """
     if device.type != "cuda":
         yield
         return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
+    torch.set_float32_matmul_precision(precision or "highest")
     try:
         yield
     finally:
@@ -71,18 +70,13 @@ def matmul_precision(precision: str | None, device: torch.device) -> Iterator[No
 
 def definition_of(case: Case) -> Definition:
     """The definition of all providers except other libraries."""
-    if case.suite == "vicregl":
-        return DROP_IN._replace(statistics=case.shape["statistics"], match_order=case.shape["match_order"])
-    return DROP_IN
-
-
-# -- eager code ---------------------------------------------------------------------------------------------------
+    return DROP_IN._replace(**{k: case.shape[k] for k in ("statistics", "match_order") if k in case.shape})
 
 
 def _weighted(terms: Sequence[reference.VICRegTerms], definition: Definition) -> dict[str, Tensor]:
     """The mean of several losses' terms, weighted, and their sum."""
-    means = [sum(term) / len(terms) for term in zip(*terms, strict=True)]
-    weighted = [w * mean for w, mean in zip(definition[:3], means, strict=True)]
+    means = (sum(term) / len(terms) for term in zip(*terms, strict=True))
+    weighted = [coefficient * mean for coefficient, mean in zip(definition[:3], means, strict=True)]
     return {**dict(zip(("inv-loss", "var-loss", "cov-loss"), weighted, strict=True)), "loss": sum(weighted)}
 
 
@@ -96,7 +90,7 @@ def _eager_on_ranks(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return eager(DROP_IN, *(torch.cat(all_gather(z)) for z in (x, y)))  # type: ignore[no-untyped-call]
 
 
-def eager_local(
+def _eager_local(
     counts: Sequence[int],
     distances: Distances,
     definition: Definition,
@@ -112,6 +106,11 @@ def eager_local(
             matches = reference.select(distances(first, second), m, definition.match_order)
             terms.append(reference.matched_terms(*maps, matches, 1.0, definition.eps, definition.statistics))
     return _weighted(terms, definition)
+
+
+def _exact(queries: Tensor, candidates: Tensor) -> Tensor:
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    return reference.distances(queries.to(wide), candidates.to(wide))
 
 
 def _cdist(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -136,27 +135,28 @@ def _nearest(m: int, distances: Distances, x: Tensor, y: Tensor) -> dict[str, Te
     return {"query": query, "candidate": candidate.gather(-1, query), "distance": distance}
 
 
-def eager_of(case: Case, definition: Definition) -> Losses:
-    """The reference of a shape."""
+_DISTANCES: dict[str, dict[str, Distances]] = {
+    "vicregl": {"cdist": _cdist},
+    "matching": {"cdist": _cdist, "bmm": _bmm},
+}
+_LIBRARIES_OF = {"vicreg": libraries.VICREG, "vicregl": libraries.VICREGL}
+
+
+def eager_of(case: Case, definition: Definition, distances: Distances = _exact) -> Losses:
+    """The reference of a shape; with other ``distances`` a provider that is named after them."""
     if case.suite == "vicregl":
-        return partial(eager_local, case.shape["m"], reference.distances, definition)
+        return partial(_eager_local, case.shape["m"], distances, definition)
     if case.suite == "matching":
-        return partial(_nearest, case.shape["m"], lambda x, y: reference.distances(x.float(), y.float()))
+        return partial(_nearest, case.shape["m"], distances)
     return partial(eager, definition)
-
-
-# -- vicreg_fast, torch.compile and other libraries ---------------------------------------------------------------
-
-
-def _matches(m: int, backend: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    matches = functional.match_patches(x, y, m, backend=backend)
-    return dict(zip(("query", "candidate", "distance"), matches, strict=True))
 
 
 def ours_of(case: Case, backend: str, definition: Definition) -> Losses:
     """vicreg_fast on a backend."""
     if case.suite == "matching":
-        return partial(_matches, case.shape["m"], backend)
+        keys = ("query", "candidate", "distance")
+        match = partial(functional.match_patches, num_matches=case.shape["m"], backend=backend)
+        return lambda x, y: dict(zip(keys, match(x, y), strict=True))
     options: dict[str, Any] = {"eps": definition.eps, "backend": backend, "precision": case.precision}
     if case.suite == "vicregl":
         options |= {"statistics": definition.statistics, "match_order": definition.match_order}
@@ -185,46 +185,38 @@ def _keep_compiler() -> None:
     atexit.register(gc.unfreeze)  # extensions complain about frozen objects when the interpreter exits
 
 
-def _compiled(case: Case, device: torch.device, definition: Definition, skip: str | None) -> Provider:
-    needs_triton = device.type == "cuda" and importlib.util.find_spec("triton") is None
-    if skip or needs_triton:
-        return Provider(None, skip or "Inductor needs Triton", definition)
+def _compiled(losses: Losses, device: torch.device, definition: Definition) -> Provider:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return Provider(None, "Inductor needs Triton", definition)
     # Compiled anew for each shape, as for a user with one shape: Dynamo gives up after eight recompilations.
     torch.compiler.reset()
     _keep_compiler()
-    losses = eager_of(case, definition)
-    if case.suite == "matching":
-        return Provider(torch.compile(losses, dynamic=False), None, definition)
-    # A compiled backward pass computes a gradient for every output, also for unused ones: return the sum alone.
-    return Provider(torch.compile(lambda *z: {"loss": losses(*z)["loss"]}, dynamic=False), None, definition)
+
+    def compiled(*inputs: Tensor) -> dict[str, Tensor]:
+        results = losses(*inputs)
+        # A compiled backward pass computes a gradient for every output, also for unused ones: return the sum alone.
+        return {"loss": results["loss"]} if "loss" in results else results
+
+    return Provider(torch.compile(compiled, dynamic=False), None, definition)
 
 
 def _library(case: Case, library: libraries.Library) -> Provider:
-    losses = libraries.find(library, *([tuple(case.shape["m"])] if case.suite == "vicregl" else []))
-    if isinstance(losses, str):
-        return Provider(None, losses, library.definition)
-    return Provider(losses, None, library.definition)
+    counts = [tuple(case.shape["m"])] if case.suite == "vicregl" else []
+    return Provider(*libraries.find(library, *counts), library.definition)
 
 
-def makers(case: Case, device: torch.device, skip: str | None = None) -> dict[str, Callable[[], Provider]]:
-    """By name, a function that makes each provider of a shape: nothing is imported or compiled before it is called.
-
-    ``skip``: the reason to leave out ``torch.compile``.
-    """
-    definition, m, on_ranks = definition_of(case), case.shape.get("m", 0), case.suite == "distributed"
-    made: dict[str, Callable[[], Provider]] = {}
-    losses: Losses = _eager_on_ranks if on_ranks else eager_of(case, definition)
-    made["eager"] = lambda: Provider(losses, None, definition)
+def makers(case: Case, device: torch.device) -> dict[str, Callable[[], Provider]]:
+    """By name, a function that makes each provider of a shape: nothing is imported or compiled before it is called."""
+    definition, on_ranks = definition_of(case), case.suite == "distributed"
+    losses = _eager_on_ranks if on_ranks else eager_of(case, definition)
+    made: dict[str, Callable[[], Provider]] = {"eager": partial(Provider, losses, None, definition)}
     if not on_ranks:
-        made["compile"] = partial(_compiled, case, device, definition, skip)
-    if case.suite == "vicregl":
-        made["cdist"] = lambda: Provider(partial(eager_local, m, _cdist, definition), None, definition)
-    elif case.suite == "matching":
-        made["cdist"] = lambda: Provider(partial(_nearest, m, _cdist))
-        made["bmm"] = lambda: Provider(partial(_nearest, m, _bmm))
+        made["compile"] = partial(_compiled, losses, device, definition)
+    for name, distances in _DISTANCES.get(case.suite, {}).items():
+        made[name] = partial(Provider, eager_of(case, definition, distances), None, definition)
     for backend in ("aten", "triton"):
         made[backend] = partial(ours, case, backend, device, definition)
-    for name, library in {"vicreg": libraries.VICREG, "vicregl": libraries.VICREGL}.get(case.suite, {}).items():
+    for name, library in _LIBRARIES_OF.get(case.suite, {}).items():
         # A library with other statistics has shapes of its own.
         if case.suite == "vicreg" or library.definition[4:] == definition[4:]:
             made[name] = partial(_library, case, library)
@@ -241,12 +233,11 @@ def providers(
     case: Case, device: torch.device, only: Sequence[str] | None = None, skip_compile: bool = False
 ) -> Iterator[tuple[str, Provider]]:
     """The providers of a shape by name.  ``only``: these.  ``skip_compile``: no time is left for ``torch.compile``."""
-    skip = None
-    if only is None and (skip_compile or not case.compiled):
+    made, missing = makers(case, device), set()
+    if only is None and "compile" in made and (skip_compile or not case.compiled):
         why = "no time is left" if case.compiled else "compiled at other shapes"
-        skip = f"{why}; --provider compile measures it"
-    missing = set()
-    for name, make in makers(case, device, skip).items():
+        made["compile"] = partial(Provider, None, f"{why}; --provider compile measures it", definition_of(case))
+    for name, make in made.items():
         # Without a library, vicreg_fast with its definition has no counterpart.
         if name.removeprefix(AS) in missing if only is None else name not in only:
             continue

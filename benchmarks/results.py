@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +25,34 @@ def save(document: Document, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".json.new")
     new.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(new, path)
+    new.replace(path)
 
 
 def load(path: Path) -> Document:
     """Read a result file.  Raises :class:`UsageError` for a malformed file or another version of the schema."""
     try:
         # Version 0.1.0 called vicreg_fast with another library's definition "ours as <library>".
-        document: Any = json.loads(path.read_text().replace("ours as ", "vicreg_fast-as-"))
+        document: Document = json.loads(path.read_text().replace("ours as ", "vicreg_fast-as-"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path} is not complete JSON: {error}") from error
-    name = document.get("schema") if isinstance(document, dict) else None
-    if name != SCHEMA:
-        raise UsageError(f"{path} is not a result file: its schema is {name!r}, not {SCHEMA!r}")
-    if document.get("version") != VERSION:
-        raise UsageError(f"{path} has schema version {document.get('version')!r}; only {VERSION} can be read")
+    kind = [document.get(key) for key in ("schema", "version")] if isinstance(document, dict) else []
+    if kind != [SCHEMA, VERSION]:
+        raise UsageError(f"{path} has schema and version {kind}; only {[SCHEMA, VERSION]} can be read")
     try:
         jsonschema.validate(document, JSON_SCHEMA)
     except jsonschema.ValidationError as error:
         raise UsageError(f"{path} breaks the schema at {error.json_path}: {error.message[:200]}") from error
-    loaded: Document = document
-    return loaded
+    return document
 
 
 def kept(folder: Path) -> dict[Path, Document]:
     """The readable result files of a folder, the latest last."""
     documents = {}
     for path in folder.glob("*.json"):
-        try:
+        with suppress(UsageError):
             documents[path] = load(path)
-        except UsageError:
-            continue
     return dict(sorted(documents.items(), key=lambda item: str(item[1]["sessions"][-1]["date"])))
 
 
@@ -75,5 +70,5 @@ def new_path(folder: Path, name: str, commit: Mapping[str, Any], quick: bool) ->
     """``<name>-<commit>.json``, with a number where that file exists."""
     words = [name, commit["commit"] or "unknown"] + ["dirty"] * bool(commit["dirty"]) + ["quick"] * quick
     stem = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-    numbered = (folder / f"{stem}-{number}.json" for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder / f"{stem}.json"], numbered) if not path.exists())
+    names = (f"{stem}{number}.json" for number in itertools.chain([""], itertools.count(-2, -1)))
+    return next(folder / name for name in names if not (folder / name).exists())

@@ -1,7 +1,6 @@
 """``python -m benchmarks run``: measures every shape on one device and writes a JSON file.
 
-``cases.py`` has the shapes, ``providers.py`` what is compared, ``timing.py`` the method.  ``docs/benchmarks.md`` says how to
-read the result.
+``docs/benchmarks.md`` says how to read it.
 """
 
 import shlex
@@ -10,7 +9,6 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from . import distributed, libraries, machine, providers, report, results, targe
 from .cases import CASES, QUICK, SUITES, Case
 from .measure import Record, measure, recorded
 from .results import Document, UsageError
-from .timing import Bench, Effort
+from .timing import Bench
 
 # Seconds for a run of all shapes and for a quick run.  On a GPU eight minutes and one, less start and end.  More on a CPU,
 # where one step may take seven seconds.
@@ -35,19 +33,17 @@ _IDLE = 0.5  # processes on the CPU beside this one
 def chosen(arguments: Namespace, device: str) -> list[Case]:
     """The named shapes, or those of the device type, in the named suites.  Raises :class:`UsageError` for none."""
     suites = [name.strip() for names in arguments.suite or () for name in names.split(",")]
-    only = arguments.provider
-    known = {"suite": (suites, SUITES), "shape": (arguments.shape, [case.name for case in CASES])}
+    names, only = arguments.shape or (), arguments.provider or ()
+    known = {"suite": (suites, SUITES), "shape": (names, [case.name for case in CASES])}
     for kind, (requested, available) in {**known, "provider": (only, providers.names())}.items():
-        if unknown := [name for name in requested or () if name not in available]:
+        if unknown := [name for name in requested if name not in available]:
             raise UsageError(f"no {kind} {unknown[0]!r}; known are {', '.join(available)}")
-    names = arguments.shape or (QUICK[device] if arguments.quick else None)
+    names = names or (QUICK[device] if arguments.quick else ())
     cases = [case for case in CASES if (case.name in names if names else device in case.devices)]
     cases = [case for case in cases if not suites or case.suite in suites]
     if not cases:
         raise UsageError(f"no shape of suite {', '.join(suites)} on {device} was requested")
-    if only is None:
-        return cases
-    able = [case for case in cases if set(providers.names_of(case)) & set(only)]
+    able = [case for case in cases if not only or set(only) & set(providers.names_of(case))]
     if not able:
         others = dict.fromkeys(name for case in cases for name in providers.names_of(case))
         raise UsageError(f"these shapes have no provider {', '.join(only)}, only {', '.join(others)}")
@@ -99,9 +95,8 @@ def run(arguments: Namespace, command: str) -> int:
     print(words, flush=True)
     if device.type == "cpu" and (session["load"] or 0) > _IDLE:
         print(f"the machine is not idle (load {session['load']}): the times will be too long")
-    for name in dict.fromkeys(arguments.shape or ()):
-        if name not in document["asked"]["shapes"]:
-            print(f"{name}: none of the requested providers computes it")
+    if missing := set(arguments.shape or ()) - set(document["asked"]["shapes"]):
+        print(f"none of the requested providers computes {', '.join(sorted(missing))}")
     try:
         status = _measure_all(document, path, arguments, Bench(device))
         document["complete"] = len(document["cases"]) == len(document["asked"]["shapes"])
@@ -117,7 +112,7 @@ def run(arguments: Namespace, command: str) -> int:
 
 def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Bench) -> int:
     """Measure the remaining shapes and save after each.  Returns the exit status."""
-    document["sessions"][-1]["ceilings"] = timing.ceilings(bench)
+    ceilings = document["sessions"][-1]["ceilings"] = timing.ceilings(bench)
     shapes, done = document["asked"]["shapes"], {record["name"] for record in document["cases"]}
     cases = [case for case in CASES if case.name in shapes and case.name not in done]
     full = timing.QUICK if arguments.quick else timing.FULL
@@ -127,13 +122,23 @@ def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Be
     # tqdm shows a bar on a terminal only: elsewhere a line for each shape.
     with tqdm(cases, unit="shape", disable=None, ncols=columns, nrows=lines) as bar:
         for index, case in enumerate(bar):
+            bar.set_postfix_str(case.name)
             if bar.disable:
                 print(f"{index + 1} of {len(cases)}: {case.name}", flush=True)
-            left = end - time.perf_counter()
+            left, begin = end - time.perf_counter(), time.perf_counter()
             seconds = _TIMED * max(0.0, left) / (len(cases) - index)
             effort = full._replace(seconds=min(full.seconds, seconds) / (2 if bench.on_gpu else 1))
             skip_compile = left < _COMPILATION + _SHAPE * (len(cases) - index)
-            record = _measure_one(case, document, bench, effort, arguments.provider, skip_compile, bar)
+            record = targets.shape_record(case, ceilings, len(document["sessions"]) - 1)
+            precision = providers.matmul_precision(case.precision, bench.device)
+            with recorded(record), precision, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Inductor warns about the machine and about torch
+                if case.suite == "distributed":
+                    distributed.measure_ranks(case, record, ceilings, bench.device, effort, arguments.provider)
+                else:
+                    measure(case, record, bench, effort, arguments.provider, skip_compile)
+            record["seconds"] = time.perf_counter() - begin
+            record["targets"] = targets.judge(case, record, bench.device.type)
             document["cases"].append(record)
             results.save(document, path)
             for line in targets.failures(record):
@@ -146,23 +151,3 @@ def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Be
                 bar.write(f"the device has failed: {failure['reason']}; the same command continues")
                 return 1
     return status
-
-
-def _measure_one(
-    case: Case, document: Document, bench: Bench, effort: Effort, only: Sequence[str] | None, skip_compile: bool,
-    bar: "tqdm[Case]",
-) -> Record:  # fmt: skip
-    """The record of a shape; an exception is written into it."""
-    ceilings = document["sessions"][-1]["ceilings"]
-    record = targets.shape_record(case, ceilings, len(document["sessions"]) - 1)
-    bar.set_postfix_str(f"{case.name}, inputs")
-    begin, precision = time.perf_counter(), providers.matmul_precision(case.precision, bench.device)
-    with recorded(record), precision, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Inductor warns about the machine and about torch
-        if case.suite == "distributed":
-            distributed.measure_ranks(case, record, ceilings, bench.device, effort, only)
-        else:
-            measure(case, record, bench, effort, only, skip_compile, bar.set_postfix_str)
-    record["seconds"] = time.perf_counter() - begin
-    record["targets"] = targets.judge(case, record, bench.device.type)
-    return record

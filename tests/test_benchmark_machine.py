@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks import machine
 
 def test_missing_tools_are_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1"))
     clocks, commit = machine.clocks(torch.device("cuda:0")), machine.commit()
     assert "nvidia-smi" in clocks.pop("reason")
     assert "git" in commit.pop("reason")
@@ -42,7 +43,7 @@ def test_commit_hashes_changes_but_not_results(tmp_path: Path, monkeypatch: pyte
 
 
 def test_line_of_nvidia_smi_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1"))
     monkeypatch.setattr(machine, "_output", lambda *command: "580.159.04, 1980, 2619, 121.5, 700.00, [N/A]\n")
     clocks = machine.clocks(torch.device("cuda:0"))
     assert list(clocks.values()) == ["580.159.04", 1980.0, 2619.0, 121.5, 700.0, None, None]

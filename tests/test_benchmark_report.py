@@ -74,9 +74,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_text(""), "not complete JSON"),
     "cut short": (lambda path: path.write_text(path.read_text()[:-100]), "not complete JSON"),
     "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not complete JSON"),
-    "a list": (lambda path: path.write_text("[]"), "its schema is None"),
-    "another schema": (lambda path: path.write_text('{"schema": "other"}'), "its schema is 'other'"),
-    "another version": (edited(lambda d: d.update(version=1)), "schema version 1; only 3 can be read"),
+    "a list": (lambda path: path.write_text("[]"), "schema and version []"),
+    "another schema": (lambda path: path.write_text('{"schema": "other"}'), "['other', None]"),
+    "another version": (edited(lambda d: d.update(version=1)), "only ['vicreg_fast.benchmark', 3] can be read"),
     "a missing key": (edited(lambda d: d.pop("cases")), "'cases' is a required property"),
     "a wrong type": (edited(lambda d: d["cases"][5].update(samples="many")), "$.cases[5].samples"),
 }
@@ -168,14 +168,14 @@ def test_page_has_the_measured_numbers(path: Path, document: results.Document, c
         assert (name in text) == ("cuda" in case.devices), name
     (record,) = [record for record in document["cases"] if record["name"] == "256x8192-highest"]
     medians = {name: targets.seconds(record, name, "graph") for name in ("eager", "triton")}
-    graph = text.partition("## VICReg, forward and backward, mode graph")[2].partition("<details>")[0]
+    graph = text.partition("## Suite vicreg, mode graph")[2].partition("<details>")[0]
     row = dict(zip(cells(graph, "| shape"), cells(graph, "| 256x8192-highest"), strict=True))
     assert row["eager"] == targets.duration(medians["eager"])
     assert row["triton"] == targets.duration(medians["triton"])
     assert row["speed-up over eager"] == f"{medians['eager'] / medians['triton']:.3g}x"
     assert row["% of roofline"] == f"{100 * record['floor']['both']['seconds'] / medians['triton']:.3g}%"
     assert row["samples/s"] == f"{256 / medians['triton']:,.0f}"
-    assert cells(text, "| 256x8192-highest | graph | speed-up over eager")[3:] == ["60", "15.1", "**missed**"]
+    assert cells(text, "| 256x8192-highest | graph | eager")[3:] == ["60", "15.1", "**missed**"]
     first = document["cases"][0]["name"]
     assert cells(text, "| eager | wrong")[2:] == ["loss: error 1.0e-01 of its size", first, "1"]
     assert cells(text, "| all | out of memory")[2] == "CUDA out of memory"
@@ -191,14 +191,14 @@ def test_comparison_marks_overlapping_quantiles(path: Path, tmp_path: Path) -> N
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "NVIDIA Fake against NVIDIA other against NVIDIA third" in text
     row = dict(zip(cells(text, "| shape"), cells(text, "| 4096x16384-highest | graph"), strict=True))
-    assert (row["A/A"], row["A/B"], row["A/C"]) == ("1x", "1x ~", "2x")
+    assert (row["A/B"], row["A/C"]) == ("1x ~", "2x")
 
 
 def test_line_of_scaling_is_the_longest(document: results.Document) -> None:
     for along, fixed in (("N", "D = 2048, high"), ("D", "N = 2048, high")):
         name, sizes = figures.line_of(document, along)
         assert name == fixed
-        assert list(sizes.values()) == [2**k for k in range(6, 15)]
+        assert sorted(sizes.values()) == [2**k for k in range(6, 15)]
 
 
 def test_result_without_times_has_a_page(document: results.Document) -> None:
@@ -217,8 +217,9 @@ def test_result_without_times_has_a_page(document: results.Document) -> None:
     ids=["speed", "memory", "library"],
 )
 def test_tables_are_those_of_a_kept_result(file: Path, mark: str) -> None:
-    block = report.between(file.read_text(), mark)
-    assert block is not None
+    found = report.between(mark).search(file.read_text())
+    assert found is not None
+    block = found[0]
     path = results.RESULTS / block.partition("from `benchmarks/results/")[2].partition("`")[0]
     document = results.load(path)
     assert document["complete"]
@@ -226,7 +227,7 @@ def test_tables_are_those_of_a_kept_result(file: Path, mark: str) -> None:
     assert report.blocks(document, path)[mark] == block
     for theme in ("light", "dark") if mark == "speed table" else ():
         with Image.open(machine.ROOT / "docs" / f"speed-{theme}.png") as picture:
-            assert picture.info["Source"] == path.name
+            assert picture.info["Title"].endswith(figures.label(document))
 
 
 def test_every_kept_result_was_measured_on_a_commit() -> None:

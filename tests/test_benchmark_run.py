@@ -22,17 +22,14 @@ ON_CPU = ("run", "--device", "cpu", "--quick")
 CPU = torch.device("cpu")
 
 
+real_ceilings = timing.ceilings
+
+
 @pytest.fixture(autouse=True)
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds; ceilings, which take half a second, only where a test is about them."""
     monkeypatch.setattr(timing, "QUICK", timing.Effort(2, 3, 0.0))
-    if "real_ceilings" not in request.fixturenames:
-        monkeypatch.setattr(timing, "ceilings", lambda bench: CEILINGS)
-
-
-@pytest.fixture
-def real_ceilings() -> None:
-    pass
+    monkeypatch.setattr(timing, "ceilings", lambda bench: CEILINGS)
 
 
 def run_shapes(folder: Path, *names: str) -> int:
@@ -44,20 +41,19 @@ def written(folder: Path) -> dict[str, Any]:
     return results.load(path)  # which checks it against the schema
 
 
-def interrupted(*args: Any, **kwargs: Any) -> None:
-    raise KeyboardInterrupt
-
-
 # -- what is written ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("real_ceilings")
-def test_result_has_the_machine_the_errors_and_the_times(tmp_path: Path, capsys: Capture) -> None:
+def test_result_has_the_machine_the_errors_and_the_times(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "ceilings", real_ceilings)
     assert run_shapes(tmp_path, TINY) == 0
     document = written(tmp_path)
     (session,) = document["sessions"]
-    command = f"python -m benchmarks run --device cpu --quick --out {tmp_path} --shape {TINY}"
-    assert session["command"] == command
+    assert (
+        session["command"] == f"python -m benchmarks run --device cpu --quick --out {tmp_path} --shape {TINY}"
+    )
     assert session["clocks"]["after"]["reason"]
     # No CPU is slower than 10 MB/s or faster than 100 TB/s: a wrong unit would be.
     ceilings = session["ceilings"]
@@ -88,36 +84,31 @@ def test_result_has_the_machine_the_errors_and_the_times(tmp_path: Path, capsys:
     assert "| lightly " in out  # among what is not timed
 
 
-@pytest.mark.parametrize("name", ["vicregl-2x4x8-m2-highest", "matching-64x49x512-m20-highest"])
-def test_maps_are_measured(name: str, tmp_path: Path) -> None:
+RANKS = "ranks-1024x256-highest"
+
+
+@pytest.mark.parametrize("name", ["vicregl-2x4x8-m2-highest", "matching-64x49x512-m20-highest", RANKS])
+def test_shapes_of_other_suites_are_measured(name: str, tmp_path: Path) -> None:
     assert run_shapes(tmp_path, name) == 0
     (case,) = written(tmp_path)["cases"]
     for provider in {"eager", "cdist", "bmm", "aten"} & case["providers"].keys():
-        mode = case["providers"][provider]["modes"]["launch"]
+        entry = case["providers"][provider]
+        mode = entry["modes"]["launch"]
         assert mode["status"] == "timed", provider
         assert tuple(part for part in PARTS if mode[part]) == NAMED[name].parts
-    assert case["targets"]["launch"]["eager"]["found"] > 0
-
-
-def test_two_ranks_are_measured(tmp_path: Path) -> None:
-    assert run_shapes(tmp_path, "ranks-1024x256-highest") == 0
-    (case,) = written(tmp_path)["cases"]
-    assert (case["shape"], case["samples"]) == ({"N": 1024, "D": 256, "ranks": 2}, 2048)
-    for provider in ("eager", "aten"):
-        entry = case["providers"][provider]
-        assert entry["status"] == "right", entry["reason"]
-        assert entry["errors"]["gradient of loss"] < case["bound"]
-        assert entry["modes"]["launch"]["both"]["median"] > 0
-        # Eager code gathers both views of both ranks, and makes a matrix of each.
-        assert min(entry["peak_bytes"].values()) > 2 * 2 * 1024 * 256 * 4
+        if name == RANKS:
+            assert entry["errors"]["gradient of loss"] < case["bound"]
+            # Eager code gathers both views of both ranks, and makes a matrix of each.
+            assert min(entry["peak_bytes"].values()) > 2 * 2 * 1024 * 256 * 4
+            assert (case["shape"], case["samples"]) == ({"N": 1024, "D": 256, "ranks": 2}, 2048)
     assert case["providers"]["triton"]["status"] == "unavailable"
+    assert case["targets"]["launch"]["eager"]["found"] > 0
 
 
 def test_one_gpu_is_left_out_of_the_distributed_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    record: dict[str, Any] = {"shape": {}, "status": "measured"}
-    case = NAMED["ranks-256x8192-high"]
-    distributed.measure_ranks(case, record, CEILINGS, torch.device("cuda:0"), timing.QUICK, None)
+    record: dict[str, Any] = {"shape": {}}
+    distributed.measure_ranks(NAMED[RANKS], record, CEILINGS, torch.device("cuda:0"), timing.QUICK, None)
     assert record["status"] == "left out"
     assert "one GPU" in record["reason"]
 
@@ -125,53 +116,44 @@ def test_one_gpu_is_left_out_of_the_distributed_suite(monkeypatch: pytest.Monkey
 # -- what goes wrong ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("successes", [0, 4], ids=["at the gate", "while timed"])
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [(torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 0), (ZeroDivisionError("no"), "error", 1)],
-    ids=["memory", "error"],
-)
-def test_exception_of_a_provider_is_recorded_and_the_others_are_timed(
-    error: Exception, status: str, code: int, successes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    correct, calls = providers.VICRegLoss, iter(range(successes))
-    monkeypatch.setattr(timing.Bench, "sets", lambda bench, size: 2)
+FAULTS = {
+    "memory": (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 0),
+    "error": (ZeroDivisionError("no"), "error", 1),
+    "wrong": (None, "wrong", 1),  # no exception: a result 1 % too large
+}
 
-    def raising(*args: Any, **kwargs: Any) -> providers.Losses:
-        losses = correct(*args, **kwargs)
+
+@pytest.mark.parametrize(
+    ("fault", "successes"), [("memory", 0), ("memory", 4), ("error", 0), ("error", 4), ("wrong", 0)]
+)
+def test_faulty_provider_is_recorded_and_the_others_are_timed(
+    fault: str, successes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """At the gate, or after four calls, while it is timed."""
+    correct, calls = providers.ours_of, iter(range(successes))
+    error, status, code = FAULTS[fault]
+
+    def faulty(*args: Any) -> providers.Losses:
+        losses = correct(*args)
 
         def call(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            if next(calls, None) is None:
+            exhausted = next(calls, None) is None
+            if exhausted and error:
                 raise error
-            return dict(losses(x, y))
+            return {name: value * (1.01 if exhausted else 1) for name, value in losses(x, y).items()}
 
         return call
 
-    monkeypatch.setattr(providers, "VICRegLoss", raising)
-    assert run_shapes(tmp_path, TINY) == code
+    monkeypatch.setattr(timing.Bench, "sets", lambda bench, size: 2)
+    monkeypatch.setattr(providers, "ours_of", faulty)
+    assert run_shapes(tmp_path, TINY, "--provider", "eager", "aten") == code
     entries = written(tmp_path)["cases"][0]["providers"]
     entry = entries["aten"]["modes"]["launch"] if successes else entries["aten"]
     assert entry["status"] == status
-    assert str(error) in entry["reason"]
+    assert str(error or "allowed") in entry["reason"]
     assert entry.get("both") is None
     assert entries["eager"]["modes"]["launch"]["both"]["median"] > 0
-
-
-def test_wrong_provider_makes_the_exit_status_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    correct = providers.ours_of
-
-    def wrong(*args: Any) -> providers.Losses:
-        losses = correct(*args)
-        return lambda x, y: {name: value * 1.01 for name, value in losses(x, y).items()}
-
-    monkeypatch.setattr(providers, "ours_of", wrong)
-    assert run_shapes(tmp_path, TINY) == 1
-    entries = written(tmp_path)["cases"][0]["providers"]
-    assert (entries["aten"]["status"], entries["aten"]["modes"]) == ("wrong", {})
-    assert entries["eager"]["modes"]["launch"]["status"] == "timed"
-    assert f"{TINY}: aten wrong: " in capsys.readouterr().out
+    assert (f"{TINY}: aten" in capsys.readouterr().out) == (code == 1)
 
 
 def test_failed_rank_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +162,7 @@ def test_failed_rank_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ProcessRaisedException(f"{trace}torch.OutOfMemoryError: CUDA out of memory\n", 0, 1)
 
     monkeypatch.setattr(distributed.mp, "spawn", spawn)
-    assert run_shapes(tmp_path, "ranks-1024x256-highest") == 0
+    assert run_shapes(tmp_path, RANKS) == 0
     (case,) = written(tmp_path)["cases"]
     assert (case["status"], case["reason"]) == ("out of memory", "torch.OutOfMemoryError: CUDA out of memory")
 
@@ -188,11 +170,10 @@ def test_failed_rank_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_all_ranks_drop_a_provider_that_fails_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     other = ("out of memory", "CUDA out of memory")
     monkeypatch.setattr(timing.Bench, "agree", lambda bench, value: [value, other])
-    provider = providers.Provider(lambda x, y: providers.eager(providers.DROP_IN, x, y))
-    entry = measure.provider_record(provider)
-    inputs = NAMED[TINY].inputs(0, CPU)
-    assert measure.prepare(NAMED[TINY], provider, timing.Bench(CPU), [inputs], {}, entry) == []
-    assert (entry["status"], entry["reason"]) == other
+    record: dict[str, Any] = {"providers": {}}
+    measure.measure(NAMED[TINY], record, timing.Bench(CPU), timing.QUICK, ["eager"], skip_compile=True)
+    entry = record["providers"]["eager"]
+    assert ((entry["status"], entry["reason"]), entry["modes"]) == (other, {})
 
 
 def test_lost_device_ends_the_run_and_the_same_command_continues(
@@ -241,10 +222,14 @@ def test_ctrl_c_keeps_finished_shapes_and_the_same_command_continues(
 
 OTHERS = {"code": ("commit", {"changes": "other"}), "driver": ("clocks", {"driver": "1.2"})}
 OTHERS |= {"card": ("machine", {"uuid": "GPU-1"})}
+OPTIONS = {"shapes": "8x16-highest", "--fresh": "--fresh"}
 
 
-@pytest.mark.parametrize("what", ["shapes", *OTHERS, "configuration", "library", "--fresh"])
+@pytest.mark.parametrize("what", [*OPTIONS, *OTHERS, "configuration", "library"])
 def test_another_run_is_not_continued(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(run, "measure", interrupted)
     assert run_shapes(tmp_path, TINY) == 130
     (path,) = tmp_path.iterdir()
@@ -257,8 +242,7 @@ def test_another_run_is_not_continued(what: str, tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
     elif what == "library":
         monkeypatch.setattr(libraries, "version", lambda package: "9.9")
-    options = ["8x16-highest"] if what == "shapes" else ["--fresh"] if what == "--fresh" else []
-    assert run_shapes(tmp_path, TINY, *options) == 130
+    assert run_shapes(tmp_path, TINY, *([OPTIONS[what]] if what in OPTIONS else [])) == 130
     assert len(list(tmp_path.iterdir())) == 2
     assert path.read_bytes() == before
 
@@ -323,7 +307,7 @@ def test_names_of_shapes_are_unique() -> None:
 def test_shape_without_a_requested_provider_is_named(tmp_path: Path, capsys: Capture) -> None:
     assert run_shapes(tmp_path, TINY, "ranks-256x2048-highest", "--provider", "lightly") == 0
     out = capsys.readouterr().out
-    assert "ranks-256x2048-highest: none of the requested providers computes it" in out
+    assert "none of the requested providers computes ranks-256x2048-highest" in out
     assert "Nothing was timed." in out
 
 
@@ -331,7 +315,7 @@ def test_compilation_is_skipped_where_too_little_time_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skipped: list[bool] = []
-    monkeypatch.setattr(run, "measure", lambda *args: skipped.append(args[-2]))
+    monkeypatch.setattr(run, "measure", lambda *args: skipped.append(args[-1]))
     for seconds in (30.0, 40.0):  # torch.compile takes up to 30 s, and the shape 2 s
         monkeypatch.setattr(run, "_BUDGET", {"cpu": (0.0, seconds)})
         assert run_shapes(tmp_path, TINY) == 0

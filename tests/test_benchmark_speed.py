@@ -13,23 +13,22 @@ import torch
 
 from benchmarks import machine, providers, test_speed
 from benchmarks.cases import CASES, PARTS
-from benchmarks.conftest import DEVICE
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_provider_of_every_shape_is_collected(device: str) -> None:
+def test_every_provider_of_every_shape_is_collected(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device", torch.device)
     collected: list[Any] = []
-    config = SimpleNamespace(stash={DEVICE: torch.device(device)})
-    metafunc = SimpleNamespace(config=config, parametrize=lambda names, values: collected.extend(values))
-    test_speed.pytest_generate_tests(metafunc)  # type: ignore[arg-type]
-    expected = {
+    config = SimpleNamespace(getoption=lambda option: device)
+    metafunc: Any = SimpleNamespace(config=config, parametrize=lambda names, values: collected.extend(values))
+    test_speed.pytest_generate_tests(metafunc)
+    assert sorted(value.id for value in collected) == sorted(
         f"{case.name}-{part}-{name}"
         for case in CASES
         for name in providers.names_of(case)
         for part in case.parts
         if device in case.devices and case.suite != "distributed" and (name != "compile" or case.compiled)
-    }
-    assert sorted(value.id for value in collected) == sorted(expected)
+    )
 
 
 def test_a_group_for_each_part_is_timed(tmp_path: Path) -> None:
@@ -38,8 +37,9 @@ def test_a_group_for_each_part_is_timed(tmp_path: Path) -> None:
     command += ["--device", "cpu", "-k", "8x16-highest and (eager or aten)", f"--benchmark-json={output}"]
     # Without the variables of the run that this test is in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run(command, cwd=machine.ROOT, env=environment, **options)
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     timed = json.loads(output.read_text())["benchmarks"]
     assert {b["group"] for b in timed} == {f"8x16-highest, {part}" for part in PARTS}

@@ -1,6 +1,5 @@
 """How the benchmarks time: the order of rounds, quantiles, graphs that are judged, and peak memory."""
 
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,40 +8,56 @@ from torch import Tensor
 
 from benchmarks import graphs, measure, providers, targets, timing
 from benchmarks.cases import CASES
-from benchmarks.timing import Times
+from benchmarks.timing import Effort, Times
 
 from .fake_result import CEILINGS
 
 TINY = next(case for case in CASES if case.name == "64x64-highest")
 CPU = torch.device("cpu")
-EFFORT = timing.Effort(2, 3, 0.0)
+BENCH = timing.Bench(CPU)
 
 
-def test_rounds_are_interleaved_and_a_failed_run_is_dropped() -> None:
+class FakeStep:
+    """A step that writes its name and its call into ``order``, takes as many seconds as calls, and fails at ``last``."""
+
+    def __init__(self, name: str, order: list[str], last: int = 99) -> None:
+        self.name, self.order, self.last, self.calls = name, order, last, -1
+
+    def time(self, bench: timing.Bench) -> dict[str, Times]:
+        self.calls += 1
+        self.order.append(f"{self.name}{self.calls}")
+        if self.calls == self.last:
+            raise RuntimeError("no")
+        return {"both": Times(float(self.calls), 0.0)}
+
+
+def timed(effort: Effort, *steps: FakeStep) -> dict[str, Any]:
+    """The entries of mode launch."""
+    entries = {step.name: measure.provider_record(providers.Provider(lambda: {})) for step in steps}
+    runs: dict[str, Any] = {step.name: [step] for step in steps}
+    measure.interleaved("launch", runs, entries, BENCH, effort)
+    return {name: entry["modes"]["launch"] for name, entry in entries.items()}
+
+
+def test_rounds_are_interleaved_and_a_failed_provider_is_dropped() -> None:
     order: list[str] = []
-
-    def run_of(name: str, last: int = 99) -> timing.Run:
-        def run(index: int) -> dict[str, Times]:
-            order.append(f"{name}{index}")
-            if index == last:
-                raise RuntimeError
-            return {"both": Times(float(index), 0.0)}
-
-        return run
-
-    runs = {"a": run_of("a"), "b": run_of("b", last=1), "c": run_of("c")}
-    times = timing.interleaved(runs, timing.Effort(3, 3, 0.0), lambda name: suppress(RuntimeError))
-    # Each round starts at another run.
+    steps = FakeStep("a", order), FakeStep("b", order, last=1), FakeStep("c", order)
+    times = timed(Effort(3, 3, 0.0), *steps)
+    # Each round starts at another provider.
     assert order == ["a0", "b0", "c0", "b1", "c1", "a1", "a2", "c2", "c3", "a3"]
-    # The first round, index 0, is not counted.
-    counted = {name: [t["both"].device for t in rounds] for name, rounds in times.items()}
-    assert counted == {"a": [1.0, 2.0, 3.0], "c": [1.0, 2.0, 3.0]}
+    assert (times["b"]["status"], times["b"]["reason"], times["b"]["both"]) == (
+        "error",
+        "RuntimeError: no",
+        None,
+    )
+    for name in "ac":  # the first round, of 0 seconds, is not counted
+        assert times[name]["rounds"] == 3
+        assert times[name]["both"] == measure.quantiles([1, 2, 3])
 
 
 @pytest.mark.parametrize(("effort", "rounds"), [((7, 200, 0.0), 7), ((3, 5, 60.0), 5)], ids=["least", "most"])
 def test_rounds_are_at_least_and_at_most(effort: tuple[int, int, float], rounds: int) -> None:
-    times = timing.interleaved({"a": lambda index: {"both": Times(1.0, 1.0)}}, timing.Effort(*effort))
-    assert len(times["a"]) == rounds
+    assert timed(Effort(*effort), FakeStep("a", []))["a"]["rounds"] == rounds
 
 
 def test_quantiles_are_those_of_the_sample() -> None:
@@ -52,7 +67,7 @@ def test_quantiles_are_those_of_the_sample() -> None:
 
 def test_both_is_the_sum_of_the_parts() -> None:
     step = timing.Step(lambda x, y: providers.eager(providers.DROP_IN, x, y), TINY.inputs(0, CPU))
-    times = timing.launched(timing.Bench(CPU), [step])(0)
+    times = step.time(BENCH)
     assert times["both"].device == times["forward"].device + times["backward"].device > 0
     assert step.results == {}
 
@@ -68,68 +83,52 @@ class FakeGraphs:
 
     def __init__(self, step: timing.Step, pool: Any, stream: Any) -> None:
         step.both()
-        self.results, self.gradients, self.index = dict(step.results), step.gradients, FakeGraphs.made
+        self.loss, self.gradients = self.damage(FakeGraphs.made, step.results["loss"].detach()), step.gradients
+        self.time = step.time
         FakeGraphs.made += 1
-        self.step = step
         step.clear()
 
-    def replayed(self) -> list[graphs.Outputs]:
-        loss = self.damage(self.index, self.results["loss"].detach())
-        return [graphs.Outputs({"loss": loss}, self.gradients)] * 2
-
-    def forget(self) -> None:
-        pass
-
-    @property
-    def replays(self) -> list[list[timing.Call]]:
-        return [self.step.parts, [self.step.both]]
+    def first_replay(self) -> list[graphs.Outputs]:
+        return [({"loss": self.loss}, self.gradients)] * 2
 
 
-class GraphBench(timing.Bench):
-    """A CPU that is measured in both modes."""
-
-    has_graphs, stream = True, None
-
-
-@pytest.fixture
-def graph_bench(monkeypatch: pytest.MonkeyPatch) -> GraphBench:
+@pytest.fixture(autouse=True)
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "Graphs", FakeGraphs)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(FakeGraphs, "made", 0)
-    return GraphBench(CPU)
 
 
-def measured(bench: timing.Bench, name: str) -> dict[str, Any]:
-    """The modes of a provider."""
+def measured(name: str) -> dict[str, Any]:
+    """The modes of a provider on a CPU that is measured in both."""
+    bench: Any = timing.Bench(CPU)
+    bench.has_graphs, bench.stream = True, None
     record = targets.shape_record(TINY, CEILINGS, 0)
-    measure.measure(TINY, record, bench, EFFORT, [name])
+    measure.measure(TINY, record, bench, Effort(2, 3, 0.0), [name], skip_compile=False)
     modes: dict[str, Any] = record["providers"][name]["modes"]
     return modes
 
 
-def test_graphs_are_timed_beside_launches(graph_bench: GraphBench) -> None:
-    modes = measured(graph_bench, "aten")
+def test_graphs_are_timed_beside_launches() -> None:
+    modes = measured("aten")
     for mode in ("launch", "graph"):
         assert modes[mode]["status"] == "timed", modes[mode]["reason"]
         assert all(modes[mode][part]["median"] > 0 for part in TINY.parts)
 
 
 @pytest.mark.parametrize("wrong_set", [0, 1])
-def test_graphs_of_every_set_are_judged(
-    wrong_set: int, graph_bench: GraphBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_of_every_set_are_judged(wrong_set: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(index: int, z: Tensor) -> Tensor:
         return z * 1.01 if index == wrong_set else z
 
     monkeypatch.setattr(FakeGraphs, "damage", staticmethod(damage))
-    graph = measured(graph_bench, "aten")["graph"]
-    assert graph["status"] == "wrong"
-    assert graph["both"] is None
+    graph = measured("aten")["graph"]
+    assert (graph["status"], graph["both"]) == ("wrong", None)
 
 
 @pytest.mark.parametrize(("name", "status"), [("eager", "not captured"), ("aten", "error")])
 def test_code_that_waits_for_the_host_is_not_captured(
-    name: str, status: str, graph_bench: GraphBench, monkeypatch: pytest.MonkeyPatch
+    name: str, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In vicreg_fast that is a defect."""
 
@@ -137,7 +136,7 @@ def test_code_that_waits_for_the_host_is_not_captured(
         raise RuntimeError("called a synchronizing CUDA operation")
 
     monkeypatch.setattr(graphs, "Graphs", waiting)
-    modes = measured(graph_bench, name)
+    modes = measured(name)
     assert modes["graph"]["status"] == status
     assert "synchronizing" in modes["graph"]["reason"]
     assert modes["launch"]["status"] == "timed"
@@ -146,14 +145,7 @@ def test_code_that_waits_for_the_host_is_not_captured(
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-OUT_OF_MEMORY = (
-    "CUDA error: out of memory",
-    "Triton Error [CUDA]: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
-@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_out_of_memory_is_recognised(message: str) -> None:
     entry: dict[str, Any] = {}
     with measure.recorded(entry):
@@ -183,8 +175,7 @@ def test_peak_memory_is_that_of_each_part() -> None:
             return a.fill_(1), b.copy_(beside)
 
     inputs = (torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True))
-    step = timing.Step(lambda x, y: {"loss": Kept.apply(x, y)}, inputs)
-    peaks = step.peak_bytes(timing.peak_bytes_on_cpu)
+    peaks = timing.Step(lambda x, y: {"loss": Kept.apply(x, y)}, inputs).peak_bytes(BENCH)
     tensors = {part: round(peak / (4 * n), 1) for part, peak in peaks.items()}
     assert tensors == {"forward": 5.0, "backward": 2.0, "both": 5.0}
 
