@@ -50,6 +50,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     targets = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
     resources.add_argument("--target", choices=targets, default="cuda:90", help="(default: %(default)s)")
     resources.add_argument("--every", type=int, default=1, metavar="N", help="compile one variant of N only")
+    estimate = commands.add_parser(
+        "estimate",
+        help="what a shape would cost on a GPU that need not be there, by a model",
+        description="Compile every kernel of a shape as the library would launch it, count its instructions, and estimate its "
+        "time. Nothing is measured.",
+        epilog="exit status: 0; 2 for a bad argument",
+    )
+    estimate.add_argument("--target", choices=targets, default="cuda:90", help="(default: %(default)s)")
+    estimate.add_argument("--shape", **several, help="(default: the shapes with a target on a GPU)")
+    estimate.add_argument("--json", metavar="FILE", help="write the estimates there")
+    estimate.add_argument("--against", metavar="FILE", help="a result of run: its times beside the estimates")
     return parser, commands.choices
 
 
@@ -85,6 +96,15 @@ def _main(argv: Sequence[str]) -> int:
         except ImportError as error:
             command.error(f"Triton is needed: {error}")
         return 1 if resources.report(arguments.target, arguments.every) else 0
+    if arguments.command == "estimate":
+        try:
+            from . import estimate
+        except ImportError as error:
+            command.error(f"{error}; Triton is needed, and pip install -e '.[benchmarks]'")
+        try:
+            return estimate.estimate(arguments.target, arguments.shape, arguments.json, arguments.against)
+        except ValueError as error:
+            command.error(str(error))
     try:
         from . import report, run
         from .results import UsageError

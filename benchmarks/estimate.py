@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import triton
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from vicreg_fast.backends import triton_backend
 from vicreg_fast.plan import TWO_VIEWS, local_views
 
-from . import cases, disassembly, instructions, resources, targets
+from . import cases, disassembly, instructions, resources, results, targets
 from .cases import Case
 from .targets import duration
 
@@ -197,28 +198,62 @@ def shape_record(name: str, target: str) -> dict[str, Any]:
     return record | {"floor_microseconds": floor, "share": floor / total, "kernels": kernels}
 
 
-def estimate(target: str, names: Sequence[str], out: str | None) -> int:
-    """Print and, with ``out``, write the estimates.  Returns the exit status."""
+def estimate(target: str, names: Sequence[str] | None, out: str | None, against: str | None) -> int:
+    """Print and, with ``out``, write the estimates.  Returns the exit status; raises ValueError for an unusable argument."""
+    known = [case.name for case in cases.CASES if "cuda" in case.devices and case.suite != "distributed"]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"no shape {unknown[0]!r} on a GPU; known are {', '.join(known)}")
+    document = None if against is None else results.load(Path(against))
     card = CARDS[target]
     print(
-        f"{target} as {card.name} ({card.source}), Triton {triton.__version__}: estimated, nothing is measured"
+        f"{target}, {card.name} ({card.source}), Triton {triton.__version__}: estimated by a model, nothing is measured"
     )
     shapes = []
     with ProcessPoolExecutor() as pool:
-        for record in pool.map(functools.partial(shape_record, target=target), names):
+        for record in pool.map(functools.partial(shape_record, target=target), names or SHAPES):
             shapes.append(record)
-            microseconds = f"{duration(record['microseconds'] * 1e-6)}, {record['share']:.0%} of the bound"
-            print(f"\n{record['shape']}: {microseconds} of {duration(record['floor_microseconds'] * 1e-6)}")
-            print(
-                f"  {'':24}{'time':>9}{'programs':>9}{'waves':>7}{'regs':>6}{'spill':>6}{'shared':>8}{'load':>5}{'copies':>7}{'instr.':>9}{'GFLOP':>8}{'MB':>8}"
-            )
-            for k in record["kernels"]:
-                print(
-                    f"  {k['kernel']:24}{duration(k['microseconds'] * 1e-6):>9}{k['programs']:>9}{k['waves']:>7.2f}{k['registers']:>6}"
-                    f"{k['spill_bytes']:>6}{k['shared_bytes']:>8}{k['narrowest_load_bytes'] or '':>5}{k['async_copies']:>7}"
-                    f"{k['warp_instructions']:>9.3g}{k['operations'] / 1e9:>8.3g}{k['bytes'] / 1e6:>8.4g}",
-                    flush=True,
-                )
+            print(f"\n{_summary(record, document)}\n{_table(record)}", flush=True)
     if out is not None:
         Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
     return 0
+
+
+def _summary(record: dict[str, Any], document: results.Document | None) -> str:
+    """A line: the shape's time, its share of the bound, and the measured time where a result has it."""
+    time, floor = (duration(record[key] * 1e-6) for key in ("microseconds", "floor_microseconds"))
+    words = f"{record['shape']}: {time}, {record['share']:.0%} of the bound of {floor}"
+    if document is None:
+        return words
+    measured = [
+        targets.seconds(entry, "triton", targets.mode_of(document))
+        for entry in document["cases"]
+        if entry["name"] == record["shape"]
+    ]
+    if not measured or measured[0] is None:
+        return f"{words}; not in the result"
+    ratio = measured[0] / (record["microseconds"] * 1e-6)
+    return f"{words}; measured {duration(measured[0])}, {ratio:.2f} of the estimate"
+
+
+def _table(record: dict[str, Any]) -> str:
+    """The kernels of a shape."""
+    frame = pd.DataFrame(record["kernels"])
+    frame["time"] = frame["microseconds"].map(lambda value: duration(value * 1e-6))
+    frame["warp instructions"] = frame["warp_instructions"].map("{:.3g}".format)
+    frame["GFLOP"] = (frame["operations"] / 1e9).map("{:.3g}".format)
+    frame["MB"] = (frame["bytes"] / 1e6).map("{:.3g}".format)
+    frame["waves"] = frame["waves"].map("{:.2f}".format)
+    names = {"programs_per_sm": "an SM", "spill_bytes": "spilled", "shared_bytes": "shared"}
+    names |= {"narrowest_load_bytes": "load", "async_copies": "copies"}
+    shown = [
+        "kernel",
+        "time",
+        "programs",
+        "programs_per_sm",
+        "waves",
+        "registers",
+        "spill_bytes",
+        "shared_bytes",
+    ]
+    shown += ["narrowest_load_bytes", "async_copies", "warp instructions", "GFLOP", "MB"]
+    return str(frame[shown].rename(columns=names).to_string(index=False, na_rep=""))
