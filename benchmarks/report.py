@@ -37,7 +37,11 @@ def markdown(rows: pd.DataFrame | Sequence[Mapping[str, object]]) -> str:
     frame = pd.DataFrame(rows).astype(object)
     for name in FORMATS.keys() & set(frame):
         frame[name] = frame[name].map(FORMATS[name], na_action="ignore")
-    return str(frame.fillna("").to_markdown(index=False, disable_numparse=True)) if len(frame) else ""
+    return (
+        str(frame.astype(object).fillna("").to_markdown(index=False, disable_numparse=True))
+        if len(frame)
+        else ""
+    )
 
 
 def tables(document: Document) -> Iterator[tuple[str, str, pd.DataFrame]]:
