@@ -61,6 +61,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
+    "_narrow_gradient_kernel": [_steps("chunk_length", "BLOCK_N")],
     "_accumulate": [_steps("D", "BLOCK_F")],
     "_vicregl_forward_kernel": [_steps("D", "BLOCK_D")],
     "_match_set_gradient": [_steps("D", "BLOCK_F")],

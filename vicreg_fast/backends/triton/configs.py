@@ -40,6 +40,15 @@ class Gradient(NamedTuple):
     stages: int = 3
 
 
+class NarrowGradient(NamedTuple):
+    """Of the backward kernel for few features: rows at a time, and how many CTAs share an SM."""
+
+    block_n: int
+    warps: int = 4
+    stages: int = 3
+    ctas_per_sm: int = 2
+
+
 class Matching(NamedTuple):
     """Of patch matching: the largest side of a tile of distances, and BLOCK_K."""
 
@@ -65,7 +74,7 @@ class LocalGradient(NamedTuple):
     warps: int = 4
 
 
-Config = TypeVar("Config", Moments, Product, Gradient, Matching, Local, LocalGradient)
+Config = TypeVar("Config", Moments, Product, Gradient, NarrowGradient, Matching, Local, LocalGradient)
 
 
 class Tuned(NamedTuple):
@@ -81,6 +90,7 @@ KERNELS = {
     "gram": Tuned(Product, ("samples", "features")),
     "second_moment": Tuned(Product, ("samples", "features")),
     "gradient": Tuned(Gradient, ("samples", "features")),
+    "narrow_gradient": Tuned(NarrowGradient, ("samples", "features")),
     "matching": Tuned(Matching, ("patches", "channels")),
     "local": Tuned(Local, ("matches", "patches")),
     "local_gradient": Tuned(LocalGradient, ("matches", "patches")),
@@ -106,6 +116,7 @@ class Table(NamedTuple):
     gram: dict[str, Rows[Product]]
     second_moment: dict[str, Rows[Product]]
     gradient: dict[str, Rows[Gradient]]
+    narrow_gradient: dict[str, Rows[NarrowGradient]]
     matching: dict[str, Rows[Matching]]
     local: dict[str, Rows[Local]]
     local_gradient: Rows[LocalGradient]
@@ -192,6 +203,7 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
+        narrow_gradient={name: (Row(ANY, ANY, NarrowGradient(64, 4, stages)),) for name in kinds},
         matching=_matching(stages, fp32, half),
         # Programs wait for memory at every step.  With 128 registers a thread, four programs share an SM.  The float64
         # squares of float32-accurate operands take more registers.

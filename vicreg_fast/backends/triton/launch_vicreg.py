@@ -11,18 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import scatter_rows, vicreg_backward, vicreg_dual, vicreg_primal, vicreg_splitk
+from ...kernels import (
+    scatter_rows,
+    vicreg_backward,
+    vicreg_dual,
+    vicreg_narrow_backward,
+    vicreg_primal,
+    vicreg_splitk,
+)
 from ...kernels.epilogue import Partials, Terms
 from ...plan import Plan
 from ...scales import Normalisation
 from ...sides import FEW_SAMPLES, uses_dual
 from .arguments import Call, Group, MatmulPolicy, block_of
-from .configs import INTERPRETER, Device, Gradient, Key, Moments, Product, choose, launch_options
+from .configs import (
+    INTERPRETER,
+    Device,
+    Gradient,
+    Key,
+    Moments,
+    NarrowGradient,
+    Product,
+    choose,
+    launch_options,
+)
 from .splitk import split, tril_tiles
 
 # The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile, for up to 8 splits and for
 # more.  A program's registers hold both: these are the largest that no target spilled.
 _FEW_SPLITS, _MANY_SPLITS = (4, 512), (8, 128)
+# The most features of which a program of the backward pass keeps the whole of C0.
+_NARROW = 64
+_LONGEST_CHUNK = 1 << 24
 # Patches, matches at a time and columns of a program of the scatter.  The interpreter wants few programs, but at least two
 # for the tests' 130 columns.
 _PATCHES, _MATCHES, _COLUMNS, _COLUMNS_INTERPRETED = 64, 32, 32, 128
@@ -35,9 +55,14 @@ def forward_keys(group: Group, matmul: MatmulPolicy, device: Device) -> list[Key
     return [group.key(device, "second_moment", matmul.kind)]
 
 
+def _is_narrow(group: Group) -> bool:
+    """Whether the backward pass keeps the whole of C0 in a program: rows are long columns of few features."""
+    return not group.dual and group.match_index is None and group.D <= _NARROW
+
+
 def gradient_keys(group: Group, matmul: MatmulPolicy, device: Device) -> list[Key]:
     """What the backward pass's configuration is chosen by."""
-    return [group.key(device, "gradient", matmul.gradient_kind)]
+    return [group.key(device, "narrow_gradient" if _is_narrow(group) else "gradient", matmul.gradient_kind)]
 
 
 def saved(
@@ -193,22 +218,37 @@ def gradient(
     group, plan, matmul, device = call
     moments, M, operand = kept
     V, P, N, D = group.V, group.P, group.N, group.D
-    (key,) = gradient_keys(group, matmul, device)
-    config: Gradient = choose(key)
     inv, var, cov = upstream
     gathered = torch.float32 if group.match_index is not None else None
     x, y = (
         group.empty(group.pairs, P, N, D, dtype=gathered or source.dtype) if need else None
         for source, need in zip((group.views.x_ptr, group.views.y_ptr), [*needs, False][:2], strict=True)
     )
+    shared: dict[str, Any] = {
+        "views": group.views, "moments_ptr": moments, "M_ptr": M, "x_grad_ptr": x, "y_grad_ptr": y,
+        "upstream": vicreg_backward.Upstream(inv if V > 1 else None, var, cov),
+        "scales": _normalisation(group).gradients(plan.weights), "P": P, "N": N, "D": D, "gamma": plan.gamma,
+        "eps": plan.eps, "VIEWS": V, "FORMAT": matmul.format, "DOT_PRECISION": matmul.dot_precision,
+    }  # fmt: skip
+    (key,) = gradient_keys(group, matmul, device)
+    if _is_narrow(group):
+        narrow: NarrowGradient = choose(key)
+        columns = P * len([grad for grad in (x, y) if grad is not None])
+        chunks = -(-device.num_sms * narrow.ctas_per_sm // columns)
+        # Offsets within a chunk are 32-bit.
+        chunk_length = min(-(-N // (chunks * narrow.block_n)) * narrow.block_n, _LONGEST_CHUNK)
+        chunks = -(-N // chunk_length)
+        vicreg_narrow_backward._narrow_gradient_kernel[(columns * chunks,)](
+            **shared, chunks=chunks, chunk_length=chunk_length,
+            BLOCK_N=narrow.block_n, BLOCK_D=block_of(D, _NARROW), STAGES=narrow.stages,
+            **launch_options(device, narrow.warps),
+        )  # fmt: skip
+        return [x, y][: len(needs)]
+    config: Gradient = choose(key)
     views = V if x is not None and y is not None else group.pairs  # those that need a gradient
     tiles = -(-N // config.block_n) * -(-D // config.block_d)
     vicreg_backward._gradient_kernel[(tiles * views * P,)](
-        views=group.views, operand_ptr=_or_none(operand), moments_ptr=moments, M_ptr=M, x_grad_ptr=x, y_grad_ptr=y,
-        upstream=vicreg_backward.Upstream(inv if V > 1 else None, var, cov),
-        scales=_normalisation(group).gradients(plan.weights),
-        P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
-        VIEWS=V, DUAL=group.dual, FORMAT=matmul.format, DOT_PRECISION=matmul.dot_precision,
+        **shared, operand_ptr=_or_none(operand), DUAL=group.dual,
         BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_K=config.block_k,
         **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
