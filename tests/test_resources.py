@@ -44,6 +44,7 @@ BLOCKS = {
     "gram_forward": ("BLOCK_M", "BLOCK_K"),
     "second_moment_forward": ("BLOCK_M", "BLOCK_K"),
     "gradient": ("BLOCK_N", "BLOCK_D", "BLOCK_K"),
+    "narrow_gradient": ("BLOCK_N",),
     "match_forward": ("BLOCK_Q", "BLOCK_K"),
     "vicregl_forward": ("BLOCK_D",),
     "vicregl_gradient": ("BLOCK_L", "BLOCK_D"),
@@ -53,7 +54,7 @@ FIELDS = {"match_forward": "matching", "vicregl_forward": "local", "vicregl_grad
 for target in resources.SHARED_MEMORY:
     seen = set()
     for variant in resources.variants(target):
-        name = variant.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix("narrow_")
+        name = variant.kernel.__name__.strip("_").removesuffix("_kernel").replace("narrow_second", "second")
         blocks = [variant.named_constants[block] for block in BLOCKS.get(name, ())]
         seen.add((name, *blocks, variant.options["num_warps"], variant.options["num_stages"]))
     tables = configs.ARCHITECTURES[resources.device_of(target).arch]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vicreg_fast import VICRegLoss, functional, precision, reference
+from vicreg_fast.backends.triton import configs
 from vicreg_fast.sides import uses_dual
 
 from .conftest import Launches
@@ -92,6 +93,17 @@ def test_few_samples_or_features(shape: tuple[int, ...]) -> None:
 @both_sides(dual=[(2, 40, 1200)], primal=[(600, 5)])
 def test_more_than_one_round(shape: tuple[int, ...]) -> None:
     assert_parity(*pair(*shape), "highest", 0.0)
+
+
+# Rows of few features in several chunks, the last one shorter, as on a device with more than one SM.
+@pytest.mark.parametrize("shape", [(500, 20), (2, 300, 64)], ids=str)
+def test_gradient_of_few_features_in_chunks(
+    shape: tuple[int, ...], launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "device_of", lambda device: configs.Device("interpreter", 3))
+    assert_parity(*pair(*shape), "highest", 0.0)
+    chunks = {launch.arguments["chunks"] for launch in launches if launch.name == "narrow_gradient"}
+    assert max(chunks) > 1
 
 
 @both_sides(dual=[(40, 90)], primal=[(150, 40), (150, 100)])
@@ -243,7 +255,8 @@ def test_launches(case: str, launches: Launches) -> None:
     assert [launch.name for launch in launches] == forward
     assert len({value.data_ptr() for value in losses.values()}) == 4
     losses["loss"].backward()
-    assert [launch.name for launch in launches[len(forward) :]] == ["gradient"]
+    backward = "narrow_gradient" if "few features" in case else "gradient"
+    assert [launch.name for launch in launches[len(forward) :]] == [backward]
 
 
 def test_some_tiles_of_the_case_that_says_so_are_split(launches: Launches) -> None:

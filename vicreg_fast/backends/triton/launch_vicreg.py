@@ -241,7 +241,7 @@ def gradient(
         vicreg_narrow_backward._narrow_gradient_kernel[(columns * chunks,)](
             **shared, chunks=chunks, chunk_length=chunk_length,
             BLOCK_N=narrow.block_n, BLOCK_D=block_of(D, _NARROW), STAGES=narrow.stages,
-            **launch_options(device, narrow.warps),
+            **launch_options(device, narrow.warps, narrow.stages),
         )  # fmt: skip
         return [x, y][: len(needs)]
     config: Gradient = choose(key)
