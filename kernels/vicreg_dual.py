@@ -33,37 +33,46 @@ from .views import column_pointers, load_rows, row_offsets, select_source
 
 @triton.jit
 def _column_moments(
-    source, index_ptr, v, p, d, P, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    source, index_ptr, v, p, d, P, N, D, z_kept, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """hi, lo and std of columns d (a vector).
+    """hi, lo and std of columns d (a vector).  z_kept: all rows, or None if they are more than BLOCK_N.
 
     The first row is subtracted first, so that the mean of a constant column is its value, exactly.  Deviations are scaled
     by a power of two before they are squared: squares of deviations below 1.1e-19 are subnormal.
     """
     columns = column_pointers(source, d)
-    first = row_offsets(source, index_ptr, v, p, tl.arange(0, 1), P, N)
-    z0 = load_rows(columns, first, (d < D)[None, :])
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    largest = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for top in range(0, N, BLOCK_N):
-        n = top + tl.arange(0, BLOCK_N)
-        mask = (n < N)[:, None] & (d < D)[None, :]
-        z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
-        e = tl.where(mask, z - z0, 0.0)
-        total += e
-        largest = tl.maximum(largest, tl.abs(e))
+    if z_kept is not None:
+        rows_kept = tl.arange(0, BLOCK_N)[:, None]
+        z0 = tl.sum(tl.where(rows_kept == 0, z_kept, 0.0), 0)[None, :]
+        total = tl.where(rows_kept < N, z_kept - z0, 0.0)
+        largest = tl.abs(total)
+    else:
+        z0 = load_rows(columns, row_offsets(source, index_ptr, v, p, tl.arange(0, 1), P, N), (d < D)[None, :])
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        largest = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for top in tl.range(0, N, BLOCK_N, num_stages=STAGES):
+            n = top + tl.arange(0, BLOCK_N)
+            mask = (n < N)[:, None] & (d < D)[None, :]
+            z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
+            e = tl.where(mask, z - z0, 0.0)
+            total += e
+            largest = tl.maximum(largest, tl.abs(e))
     hi = tl.sum(z0, 0) + divide(tl.sum(total, 0), N)
     # Deviations from the mean are at most twice those from the first row.
     scale, inverse = exponent_scale(tl.max(largest, 0))
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for top in range(0, N, BLOCK_N):
-        n = top + tl.arange(0, BLOCK_N)
-        mask = (n < N)[:, None] & (d < D)[None, :]
-        z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
-        e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
-        total += e
-        squares += e * e
+    if z_kept is not None:
+        total = tl.where(rows_kept < N, (z_kept - hi[None, :]) * inverse[None, :], 0.0)
+        squares = total * total
+    else:
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for top in tl.range(0, N, BLOCK_N, num_stages=STAGES):
+            n = top + tl.arange(0, BLOCK_N)
+            mask = (n < N)[:, None] & (d < D)[None, :]
+            z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
+            e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
+            total += e
+            squares += e * e
     lo = divide(tl.sum(total, 0), N)
     # lo is as small as the rounding of the mean, so N lo^2 is negligible beside the squares and subtracting it is safe.
     centred = relu_propagating_nan(tl.sum(squares, 0) - N * lo * lo)
@@ -73,9 +82,10 @@ def _column_moments(
 @triton.jit(do_not_specialize=["P"])
 def _moments_forward_kernel(
     views, operand_ptr, moments_ptr, row_sq_norms_ptr, partials, P, N, D, gamma, eps,
-    VIEWS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D columns of one problem of one view.  A pair's second view reads the first for the invariance.
+    """One program: BLOCK_D columns of one problem of one view.  ONE_BLOCK: N <= BLOCK_N, and z is read once.  A pair's second view reads the first for the invariance.
 
     Programs of the views of one block are neighbours: what one reads is in the cache for the other.
     """
@@ -90,8 +100,13 @@ def _moments_forward_kernel(
     inside = d < D
     P = P.to(tl.int64)
     source = select_source(views, v)
-    hi, lo, std = _column_moments(source, views.index_ptr, v, p, d, P, N, D, BLOCK_N, BLOCK_D)
     columns = column_pointers(source, d)
+    z_kept = None
+    if ONE_BLOCK:
+        n = tl.arange(0, BLOCK_N)
+        rows = row_offsets(source, views.index_ptr, v, p, n, P, N)
+        z_kept = load_rows(columns, rows, (n < N)[:, None] & inside[None, :])
+    hi, lo, std = _column_moments(source, views.index_ptr, v, p, d, P, N, D, z_kept, STAGES, BLOCK_N, BLOCK_D)
     other_source = select_source(views, v ^ 1)
     other_columns = column_pointers(other_source, d)
     row_sq_norms = row_sq_norms_ptr + ((v * P + p) * blocks + block) * N
@@ -99,10 +114,13 @@ def _moments_forward_kernel(
     WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
     operand_squares = tl.zeros((BLOCK_D,), WIDE)
     differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for top in range(0, N, BLOCK_N):
+    for top in tl.range(0, BLOCK_N if ONE_BLOCK else N, BLOCK_N, num_stages=STAGES):
         n = top + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & inside[None, :]
-        z = load_rows(columns, row_offsets(source, views.index_ptr, v, p, n, P, N), mask)
+        if ONE_BLOCK:
+            z = z_kept
+        else:
+            z = load_rows(columns, row_offsets(source, views.index_ptr, v, p, n, P, N), mask)
         o = tl.where(mask, round_to_format(z - hi[None, :] - lo[None, :], FORMAT), 0.0)
         if operand_ptr is not None:
             at = operand_ptr + (v * P + p) * N * D + d

@@ -89,7 +89,9 @@ def candidates(kernel: str) -> Iterator[Any]:
         ):
             yield configs.Gradient(block_n, block_d, block_k, warps, stages)
     elif kernel == "narrow_gradient":
-        for block_n, warps, stages, ctas_per_sm in itertools.product((32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4)):
+        for block_n, warps, stages, ctas_per_sm in itertools.product(
+            (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4)
+        ):
             yield configs.NarrowGradient(block_n, warps, stages, ctas_per_sm)
     else:
         for block_m, block_k, warps, stages in itertools.product(

@@ -18,6 +18,7 @@ class Moments(NamedTuple):
     block_n: int
     block_d: int
     warps: int = 8
+    stages: int = 3
 
 
 class Product(NamedTuple):
@@ -135,6 +136,8 @@ def _moments(block_d: int) -> Rows[Moments]:
         Row(16, ANY, Moments(16, 128, warps=4)),
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
+        # All rows in registers: they are read once.
+        Row(256, ANY, Moments(256, 32)),
         # Few columns fill the device only in narrow programs.  Many rows at a time, or each would wait for memory.
         Row(ANY, 4096, Moments(128, 16, warps=4)),
         Row(1024, ANY, Moments(64, 32, warps=4)),
@@ -144,7 +147,7 @@ def _moments(block_d: int) -> Rows[Moments]:
 
 def _gram(kind: Kind, stages: int) -> Rows[Product]:
     large = kind.largest > 64
-    small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=16 // kind.warps)
+    small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=2)
     rows = (
         Row(32, ANY, Product(32, kind.block_k, 4, stages, ctas_per_sm=4)),
         Row(512 if large else ANY, ANY, small),
@@ -155,7 +158,9 @@ def _gram(kind: Kind, stages: int) -> Rows[Product]:
 def _second_moment(kind: Kind, stages: int, block_k: int) -> Rows[Product]:
     large = kind.largest > 64
     rows = (
-        Row(ANY, 32, Product(32, 16, 4, stages=2, ctas_per_sm=4)),
+        Row(ANY, 32, Product(32, 16, 4, stages=2, ctas_per_sm=2)),
+        # Of up to 64 features one program has both views.
+        Row(ANY, 64, Product(64, block_k, 8, stages, ctas_per_sm=1)),
         Row(ANY, 256 if large else ANY, Product(64, block_k, 8, stages)),
     )
     return (*rows, Row(ANY, ANY, Product(128, block_k, 8, stages, ctas_per_sm=1))) if large else rows
@@ -184,12 +189,12 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     }
 
 
-def _local_gradient(warps: int) -> Rows[LocalGradient]:
+def _local_gradient(warps: int, block_d: int = 64) -> Rows[LocalGradient]:
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     return (
-        Row(32, 64, LocalGradient(64, 32)),
+        Row(32, 64, LocalGradient(64, block_d)),
         Row(32, 128, LocalGradient(128, 32, 8)),
-        Row(32, ANY, LocalGradient(256, 16, 8)),
+        Row(32, ANY, LocalGradient(256, 32, 8)),
         Row(ANY, ANY, LocalGradient(32, 16, warps)),
     )
 
@@ -205,11 +210,11 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
         narrow_gradient={name: (Row(ANY, ANY, NarrowGradient(64, 4, stages)),) for name in kinds},
         matching=_matching(stages, fp32, half),
-        # Programs wait for memory at every step.  With 128 registers a thread, four programs share an SM.  The float64
-        # squares of float32-accurate operands take more registers.
+        # Two warps: what is computed once a column would be repeated by more threads.  The float64 squares of
+        # float32-accurate operands take more registers.
         local={
-            name: (Row(32, ANY, Local(32, 4, registers)), Row(ANY, ANY, Local(16, 4)))
-            for name, registers in (("fp32", 255), ("tf32", 128), ("half", 128))
+            name: (Row(32, ANY, Local(block_d, 2)), Row(ANY, ANY, Local(16, 4)))
+            for name, block_d in (("fp32", 32), ("tf32", 64), ("half", 128))
         },
         local_gradient=_local_gradient(fp32.warps),
     )
@@ -232,7 +237,7 @@ def _sm100() -> Tables:
     matching: dict[str, Rows[Matching]] = {
         kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
-    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8))
+    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8, 32))
     return Tables(aligned, _unaligned(3))
 
 
