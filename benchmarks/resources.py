@@ -356,7 +356,11 @@ def _planned_ctas(variant: Variant, target: str) -> int:
     blocks = (named["BLOCK_M"], named["BLOCK_K"], variant.options["num_warps"], variant.options["num_stages"])
     tables = configs.ARCHITECTURES[device_of(target).arch]
     rows = [row for layout in tables for kind in getattr(layout, table).values() for row in kind]
-    return max((row.config.ctas_per_sm for row in rows if row.config[:4] == blocks), default=1)
+    narrow = variant.name.startswith("narrow")
+    planned = [
+        row.config.ctas_per_sm for row in rows if row.config[:4] == blocks and (row.second <= 64) == narrow
+    ]
+    return max(planned, default=1)
 
 
 def _multiplies(variant: Variant) -> bool:

@@ -277,7 +277,7 @@ def _distance_forward_kernel(
     x_rows = x.ptr + b * x.stride_b + query * x.stride_p
     y_rows = y.ptr + b * y.stride_b + candidate * y.stride_p
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, C, BLOCK_K):
+    for start in tl.range(0, C, BLOCK_K, num_stages=3):
         k = start + tl.arange(0, BLOCK_K)
         mask = (slot < m)[:, None] & (k < C)[None, :]
         q_k = tl.load(x_rows[:, None] + k.to(tl.int64)[None, :] * x.stride_c, mask=mask, other=0.0).to(

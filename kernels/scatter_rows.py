@@ -52,7 +52,7 @@ def _scatter_backward_kernel(
     for j in range(VIEWS):
         first = b * image_stride
         index = index_ptr + first + (first_view + j * view_step) * view_stride
-        for top in range(0, m, BLOCK_K):
+        for top in tl.range(0, m, BLOCK_K, num_stages=2):
             n = top + tl.arange(0, BLOCK_K)
             g_rows = (first + j * view_stride + n.to(tl.int64) * match_stride) * D
             mask = (n < m)[:, None] & (d < D)[None, :]

@@ -112,7 +112,8 @@ def _moments_forward_kernel(
     row_sq_norms = row_sq_norms_ptr + ((v * P + p) * blocks + block) * N
     # With float32 sums the rounding of one strong feature would show in what the float32-accurate dual side subtracts.
     WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
-    operand_squares = tl.zeros((BLOCK_D,), WIDE)
+    # Summed over rows at the end; float64 ones would take too many registers.
+    operand_squares = tl.zeros((BLOCK_D,), WIDE) if FORMAT == "fp32" else tl.zeros((BLOCK_N, BLOCK_D), WIDE)
     differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in tl.range(0, BLOCK_N if ONE_BLOCK else N, BLOCK_N, num_stages=STAGES):
         n = top + tl.arange(0, BLOCK_N)
@@ -126,13 +127,15 @@ def _moments_forward_kernel(
             at = operand_ptr + (v * P + p) * N * D + d
             tl.store(at[None, :] + n.to(tl.int64)[:, None] * D, to_storage(o, FORMAT), mask=mask)
         wide = o.to(WIDE)
-        operand_squares += tl.sum(wide * wide, 0)
+        operand_squares += tl.sum(wide * wide, 0) if FORMAT == "fp32" else wide * wide
         tl.store(row_sq_norms + n, tl.sum(wide * wide, 1), mask=n < N)
         if VIEWS > 1:
             if v % 2 == 1:
                 rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
                 other = load_rows(other_columns, rows, mask)
                 differences += (other - z) * (other - z)
+    if FORMAT != "fp32":
+        operand_squares = tl.sum(operand_squares, 0)
     operand_v = operand_squares.to(tl.float64) / (N - 1)
     if moments_ptr is not None:
         at = moments_ptr + (p * VIEWS + v).to(tl.int64) * D + d

@@ -62,8 +62,8 @@ def test_auto_on_a_cpu_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_every_shape_has_a_configuration(arch: str) -> None:
-    kinds = [("moments", ""), ("local_gradient", ""), ("matching", "fp32"), ("matching", "half")]
-    products = ("gram", "second_moment", "gradient", "narrow_gradient", "local")
+    kinds = [("moments", ""), ("matching", "fp32"), ("matching", "half")]
+    products = ("gram", "second_moment", "gradient", "narrow_gradient", "local", "local_gradient")
     kinds += [(kernel, kind) for kernel in products for kind in ("fp32", "tf32", "half")]
     for aligned, (kernel, kind), N, D in itertools.product((True, False), kinds, SIZES, SIZES):
         key = Key(arch, 132, aligned, kernel, kind, 2, N, D)

@@ -62,8 +62,6 @@ for target in resources.SHARED_MEMORY:
         for name, blocks in BLOCKS.items():
             rows = getattr(table, FIELDS.get(name, name.removesuffix("_forward")))
             kinds = rows.values() if isinstance(rows, dict) else [rows]
-            if name.startswith("vicregl") and table is not tables.aligned:
-                continue  # chosen from the first table whatever the layout
             for config in (row.config for kind in kinds for row in kind):
                 key = (name, *config[: len(blocks)], config.warps, getattr(config, "stages", 1))
                 assert key in seen, (target, key)

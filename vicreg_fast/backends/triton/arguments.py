@@ -147,6 +147,11 @@ class Call(NamedTuple):
     device: Device
 
 
+def is_aligned(z: Tensor) -> bool:
+    """Whether the channels of a map are contiguous, and its patches start at multiples of 16 elements."""
+    return z.stride(2) == 1 and z.stride(1) % 16 == 0
+
+
 def block_of(count: int, largest: int) -> int:
     """The block that covers a count: a power of two, at least 16, which matmuls need."""
     return min(largest, max(16, 1 << (count - 1).bit_length()))

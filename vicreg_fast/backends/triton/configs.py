@@ -18,7 +18,7 @@ class Moments(NamedTuple):
     block_n: int
     block_d: int
     warps: int = 8
-    stages: int = 3
+    stages: int = 2
 
 
 class Product(NamedTuple):
@@ -120,7 +120,7 @@ class Table(NamedTuple):
     narrow_gradient: dict[str, Rows[NarrowGradient]]
     matching: dict[str, Rows[Matching]]
     local: dict[str, Rows[Local]]
-    local_gradient: Rows[LocalGradient]
+    local_gradient: dict[str, Rows[LocalGradient]]
 
 
 class Kind(NamedTuple):
@@ -147,9 +147,9 @@ def _moments(block_d: int) -> Rows[Moments]:
 
 def _gram(kind: Kind, stages: int) -> Rows[Product]:
     large = kind.largest > 64
-    small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=2)
+    small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=8 // kind.warps)
     rows = (
-        Row(32, ANY, Product(32, kind.block_k, 4, stages, ctas_per_sm=4)),
+        Row(32, ANY, Product(32, kind.block_k, 4, stages, ctas_per_sm=3)),
         Row(512 if large else ANY, ANY, small),
     )
     return (*rows, Row(ANY, ANY, Product(128, kind.block_k, 8, stages, ctas_per_sm=1))) if large else rows
@@ -161,7 +161,7 @@ def _second_moment(kind: Kind, stages: int, block_k: int) -> Rows[Product]:
         Row(ANY, 32, Product(32, 16, 4, stages=2, ctas_per_sm=2)),
         # Of up to 64 features one program has both views.
         Row(ANY, 64, Product(64, block_k, 8, stages, ctas_per_sm=1)),
-        Row(ANY, 256 if large else ANY, Product(64, block_k, 8, stages)),
+        Row(ANY, 256 if large else ANY, Product(64, block_k, 8, stages, ctas_per_sm=1 if block_k == 16 else 2)),
     )
     return (*rows, Row(ANY, ANY, Product(128, block_k, 8, stages, ctas_per_sm=1))) if large else rows
 
@@ -184,19 +184,18 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     block_k = half.block_k if fp32.warps == 4 else 32
     large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
     return {
-        "fp32": (Row(ANY, ANY, Matching(64, fp32.block_k, fp32.warps, stages)),),
+        "fp32": (Row(ANY, ANY, Matching(64, 16, fp32.warps, stages)),),
         "half": (small, *large),
     }
 
 
-def _local_gradient(warps: int, block_d: int = 64) -> Rows[LocalGradient]:
+def _local_gradient(warps: int) -> dict[str, Rows[LocalGradient]]:
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
-    return (
-        Row(32, 64, LocalGradient(64, block_d)),
-        Row(32, 128, LocalGradient(128, 32, 8)),
-        Row(32, ANY, LocalGradient(256, 32, 8)),
-        Row(ANY, ANY, LocalGradient(32, 16, warps)),
-    )
+    many = Row(ANY, ANY, LocalGradient(32, 16, warps))
+    middle = Row(32, 128, LocalGradient(128, 32, 8))
+    wide = (Row(32, 64, LocalGradient(64, 32)), middle, Row(32, ANY, LocalGradient(256, 16, 8)), many)
+    half = (Row(32, 64, LocalGradient(64, 64)), middle, Row(32, ANY, LocalGradient(256, 32, 8)), many)
+    return {"fp32": wide, "tf32": wide, "half": half}
 
 
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -> Table:
@@ -208,7 +207,9 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
-        narrow_gradient={name: (Row(ANY, ANY, NarrowGradient(64, 4, stages)),) for name in kinds},
+        narrow_gradient={
+            name: (Row(ANY, ANY, NarrowGradient(32 if name == "fp32" else 64, 4, stages)),) for name in kinds
+        },
         matching=_matching(stages, fp32, half),
         # Two warps: what is computed once a column would be repeated by more threads.  The float64 squares of
         # float32-accurate operands take more registers.
@@ -237,18 +238,22 @@ def _sm100() -> Tables:
     matching: dict[str, Rows[Matching]] = {
         kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
-    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8, 32))
-    return Tables(aligned, _unaligned(3))
+    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8))
+    return Tables(aligned, _unaligned(3, local_warps=8))
 
 
-def _unaligned(stages: int) -> Table:
-    return _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), block_d=32)
+def _unaligned(stages: int, local_warps: int = 4) -> Table:
+    table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), block_d=32)
+    return table._replace(
+        local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
+        local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps)["fp32"]),
+    )
 
 
 ARCHITECTURES = {
-    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _unaligned(3)),
+    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _unaligned(3, local_warps=8)),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
-    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _unaligned(2)),
+    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _unaligned(2, local_warps=8)),
     "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),
     "gfx942": Tables(_large(2), _unaligned(2)),
@@ -264,7 +269,7 @@ def _large_programs(table: Table) -> Table:
     return table._replace(
         matching={kind: (Row(ANY, ANY, Matching(64, 256)),) for kind in table.matching},
         local={kind: (Row(ANY, ANY, Local(256)),) for kind in table.local},
-        local_gradient=(Row(ANY, ANY, LocalGradient(128, 256)),),
+        local_gradient={kind: (Row(ANY, ANY, LocalGradient(128, 256)),) for kind in table.local_gradient},
     )
 
 

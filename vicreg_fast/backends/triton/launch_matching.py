@@ -11,7 +11,7 @@ from ...kernels import patch_matching
 from ...kernels.patch_matching import Nearest, PatchMap
 from ...plan import Matches, index_shapes, index_size
 from ..aten.nearest_patches import MAX_COORDINATES
-from .arguments import block_of, matmul_policy
+from .arguments import block_of, is_aligned, matmul_policy
 from .configs import Device, Key, Matching, choose, launch_options
 
 # Patches of a program of the selection, and blocks that it reads at a time.
@@ -31,7 +31,7 @@ def key(maps: Sequence[Tensor], device: Device) -> Key:
     # Triton's interpreter computes bfloat16 wrong: there it is read as float32.
     half = x.dtype == y.dtype and x.dtype.itemsize == 2 and not _axes(x)
     half = half and (x.device.type != "cpu" or x.dtype == torch.float16)
-    aligned = all(z.stride(2) == 1 and not z.stride(1) % 16 for z in maps)
+    aligned = all(map(is_aligned, maps))
     B, P1, C = x.shape
     return Key(*device, aligned, "matching", "half" if half else "fp32", B, max(P1, y.shape[1]), C)
 

@@ -13,7 +13,7 @@ from ...kernels.views import Views
 from ...plan import Matches, Plan
 from ...scales import match_set_scales
 from ...sides import uses_dual
-from .arguments import MatmulPolicy, block_of
+from .arguments import MatmulPolicy, block_of, is_aligned
 from .configs import Device, Key, Local, LocalGradient, choose, launch_options
 
 # Matches that one program holds: more do not fit its registers.
@@ -56,9 +56,10 @@ def keys(plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: De
     """What the configurations are chosen by, forward and backward."""
     B, m = sources[0].shape[0], max(plan.match_counts)
     patches = max(source.shape[1] for source in sources)
+    aligned = all(is_aligned(source) for source in sources)
     return [
-        Key(*device, True, "local", matmul.kind, B, m, patches),
-        Key(*device, True, "local_gradient", "", B, m, patches),
+        Key(*device, aligned, "local", matmul.kind, B, m, patches),
+        Key(*device, aligned, "local_gradient", matmul.gradient_kind, B, m, patches),
     ]
 
 
