@@ -55,7 +55,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="what a shape would cost on a GPU that need not be there, by a model",
         description="Compile every kernel of a shape as the library would launch it, count its instructions, and estimate its "
         "time. Nothing is measured.",
-        epilog="exit status: 0; 2 for a bad argument",
+        epilog="exit status: 0; 1 where a kernel cannot be compiled; 2 for a bad argument",
     )
     estimate.add_argument("--target", choices=targets, default="cuda:90", help="(default: %(default)s)")
     estimate.add_argument("--shape", **several, help="(default: the shapes with a target on a GPU)")

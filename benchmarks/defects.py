@@ -1,7 +1,7 @@
 """What is wrong with a compiled kernel, beside its resources: narrow or waiting accesses to tiles, approximate divisions.
 
 A tile is a tensor of two dimensions or more.  Each exception is listed with its reason, by kernel and by the function of
-``kernels/`` that the instruction comes from; "" stands for every kernel.
+``kernels/`` that the instruction comes from; "" stands for every kernel, and a target may follow a kernel's name.
 """
 
 import ast
@@ -24,6 +24,10 @@ NARROW: Exceptions = {
 }
 # Loads in a loop without an asynchronous copy.
 SYNCHRONOUS: Exceptions = {
+    (
+        "narrow_second_moment_forward cuda:100",
+        "load_rows",
+    ): "Triton 3.6 cannot compile the pipelined loop there",
     ("", "replace_diagonal"): "many blocks at a time, and most often all: the loop runs once",
     ("splitk_reduction", "_load_splits"): "many splits at a time, from the cache",
     ("splitk_reduction", "_column_mean"): "many chunks at a time, from the cache",
@@ -49,33 +53,37 @@ APPROXIMATE: Exceptions = {
 @functools.cache
 def _functions() -> dict[str, str]:
     """The function of every line of ``kernels/``, as views.py:102."""
-    names = {}
+    names: dict[str, str] = {}
     for file in Path(vicreg_fast.kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
-                names |= {f"{file.name}:{line}": node.name for line in range(node.lineno, node.end_lineno + 1)}
+                last = node.end_lineno or node.lineno
+                names |= {f"{file.name}:{line}": node.name for line in range(node.lineno, last + 1)}
     return names
 
 
-def _is_listed(exceptions: Exceptions, kernel: str, line: str) -> bool:
-    function = _functions().get(line, "")
-    return (kernel, function) in exceptions or ("", function) in exceptions
+def _is_listed(exceptions: Exceptions, kernel: str, target: str, line: str) -> bool:
+    names = ("", kernel, f"{kernel} {target}")
+    return any((name, _functions().get(line, "")) in exceptions for name in names)
 
 
 def defects(
-    kernel: str, compiled: Any, code: str, tiles: list[disassembly.Tile], aligned: bool, copies: bool
+    kernel: str, target: str, compiled: Any, code: str, tiles: list[disassembly.Tile], aligned: bool
 ) -> Iterator[str]:
-    """A line for each defect.  ``aligned``: of the inputs; ``copies``: the target has asynchronous copies."""
+    """A line for each defect.  ``aligned``: of the inputs."""
+    copies = target.startswith("cuda")  # asynchronous, from global to shared memory
     if aligned:
-        for line, size in disassembly.narrow(code, tiles).items():
-            if not _is_listed(NARROW, kernel, line):
+        # AMD's compiler stores tiles in the layout that its matmuls leave them in.
+        checked = tiles if copies else [tile for tile in tiles if tile.kind != "store"]
+        for line, size in disassembly.narrow(code, checked).items():
+            if not _is_listed(NARROW, kernel, target, line):
                 yield f"{size} bytes a thread at {line}"
     if aligned and copies:  # a thread copies four bytes at least, which narrow elements of odd layouts are not
         copied = {tile.line for tile in tiles if tile.kind == "copy"}
         for line in sorted({tile.line for tile in tiles if tile.in_loop and tile.kind == "load"}):
-            partly = line in copied and _is_listed(PARTLY_SYNCHRONOUS, kernel, line)
-            if not partly and not _is_listed(SYNCHRONOUS, kernel, line):
+            partly = line in copied and _is_listed(PARTLY_SYNCHRONOUS, kernel, target, line)
+            if not partly and not _is_listed(SYNCHRONOUS, kernel, target, line):
                 yield f"no asynchronous copy at {line}"
     for line in disassembly.approximations(compiled.asm.get("ptx", "")):
-        if not _is_listed(APPROXIMATE, kernel, line):
+        if not _is_listed(APPROXIMATE, kernel, target, line):
             yield f"approximate division or root at {line}"

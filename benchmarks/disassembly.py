@@ -97,7 +97,8 @@ def tiles(ttgir: str, threads: int) -> list[Tile]:
         inner = re.search(r"#loc\d*", text)
         return line_of(inner[0]) if inner else ""
 
-    found, loops = [], []
+    found: list[Tile] = []
+    loops: list[int] = []
     kinds = {"tt.load": "load", "tt.store": "store", "ttg.async_copy_global_to_local": "copy"}
     for text in ttgir.splitlines():
         indent = len(text) - len(text.lstrip())
@@ -121,7 +122,7 @@ def tiles(ttgir: str, threads: int) -> list[Tile]:
 
 def narrow(code: str, tile_accesses: list[Tile]) -> dict[str, int]:
     """Lines of tiles with an access of fewer bytes than 16, or than a thread has of the tile, and the bytes."""
-    expected = {}
+    expected: dict[str, int] = {}
     for tile in tile_accesses:
         expected[tile.line] = min(expected.get(tile.line, 16), max(tile.bytes, 1))
     least: dict[str, int] = {}

@@ -8,7 +8,6 @@ times waves rounded up over waves, plus 3 us a launch.  Bytes are those of its t
 Nothing here is measured.  ``--against`` puts a card's measured times beside it.
 """
 
-import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -109,7 +108,9 @@ def launches(case: Case, target: str) -> list[Launch]:
         sources = [empty(shape["B"], P, shape["C"]) for P in shape["P"]]
         if case.suite == "matching":
             matches = triton_backend.match(sources, [], (shape["m"],), "distance", False)
-            triton_backend.match_distances(*sources, matches.match_index.view(2, shape["B"], shape["m"]))
+            triton_backend.match_distances(
+                sources[0], sources[1], matches.match_index.view(2, shape["B"], shape["m"])
+            )
             return made
         counts = (shape["m"][0], shape["m"][1])
         plan = local_views(counts)._replace(precision=case.precision)
@@ -208,14 +209,21 @@ def estimate(target: str, names: Sequence[str] | None, out: str | None, against:
     print(
         f"{target}, {card.name} ({card.source}), Triton {triton.__version__}: estimated by a model, nothing is measured"
     )
-    shapes = []
+    shapes, status = [], 0
     with ProcessPoolExecutor() as pool:
-        for record in pool.map(functools.partial(shape_record, target=target), names or SHAPES):
+        waiting = {name: pool.submit(shape_record, name, target) for name in names or SHAPES}
+        for name, future in waiting.items():
+            try:
+                record = future.result()
+            except Exception as error:  # of the compiler, which raises several kinds
+                print(f"\n{name}: cannot be compiled: {error}", flush=True)
+                status = 1
+                continue
             shapes.append(record)
             print(f"\n{_summary(record, document)}\n{_table(record)}", flush=True)
     if out is not None:
         Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
-    return 0
+    return status
 
 
 def _summary(record: dict[str, Any], document: results.Document | None) -> str:

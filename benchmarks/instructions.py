@@ -19,12 +19,12 @@ Arguments = Mapping[str, Any]  # of a launch, by name; "grid": its programs
 
 
 def _steps(length: str, block: str) -> Callable[[Arguments], float]:
-    return lambda a: math.ceil(a[length] / a[block])
+    return lambda a: float(math.ceil(a[length] / a[block]))
 
 
 def _on_diagonal(a: Arguments) -> float:
     """The share of tiles that lie on the diagonal: those of a triangle of n rows are 2 / (n + 1)."""
-    rows = math.ceil((a["N"] if a.get("chunk_sums_ptr") is None else a["D"]) / a["BLOCK_M"])
+    rows: int = math.ceil((a["N"] if a.get("chunk_sums_ptr") is None else a["D"]) / a["BLOCK_M"])
     return 2 / (rows + 1)
 
 
@@ -34,12 +34,12 @@ def _gram_steps(a: Arguments) -> float:
     steps = full * math.ceil(a["D"] / a["BLOCK_K"]) + (a["grid"] - full) * math.ceil(
         a["split_length"] / a["BLOCK_K"]
     )
-    return steps / a["grid"]
+    return float(steps / a["grid"])
 
 
 def _diagonal_blocks(a: Arguments) -> float:
-    rows = a.get("BLOCK_R", a["BLOCK_M"])
-    return _on_diagonal(a) * math.ceil(a["column_blocks"] / min(128, 2048 // rows))
+    rows: int = a.get("BLOCK_R", a["BLOCK_M"])
+    return _on_diagonal(a) * math.ceil(int(a["column_blocks"]) / min(128, 2048 // rows))
 
 
 def _kinds(a: Arguments) -> float:
@@ -160,17 +160,18 @@ def parse(code: str) -> Code:
             names.append(instruction[1] or instruction[2])
             lines.append(line)
     regions: dict[int, int] = {}
-    for position, label in branches:
-        if labels.get(label, position) < position:
-            regions[labels[label]] = max(regions.get(labels[label], 0), position)
+    for position, target_label in branches:
+        first = labels.get(target_label, position)
+        if first < position:
+            regions[first] = max(regions.get(first, 0), position)
     loops: list[Loop] = []
     for first, last in sorted(regions.items(), key=lambda region: region[1] - region[0]):  # inner loops first
         inner = {k for loop in loops for k in range(loop.first, loop.last + 1)}
         taken = {loop.source for loop in loops if first <= loop.first and loop.last <= last}
         votes: defaultdict[tuple[str, int], float] = defaultdict(float)
         for k in range(first, last + 1):
-            source = source_loops().get(lines[k])
-            if k not in inner and source is not None and source not in taken:
-                votes[source] += 0.01 if source[0] in RARE else 1
+            voted = source_loops().get(lines[k])
+            if k not in inner and voted is not None and voted not in taken:
+                votes[voted] += 0.01 if voted[0] in RARE else 1
         loops.append(Loop(first, last, max(votes, key=votes.__getitem__) if votes else None))
     return Code(names, loops)

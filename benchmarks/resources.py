@@ -49,8 +49,10 @@ SHARED_MEMORY = {
 SHAPES = (
     (64, 16, 512),
     (64, 20, 512),
+    (64, 40, 64),
     (1, 128, 2048),
     (1, 256, 8192),
+    (1, 512, 8192),
     (1, 2048, 8192),
     (1, 257, 1001),
     (1, 4096, 32),
@@ -338,7 +340,7 @@ def examine(variant: Variant, target: str) -> Resources:
     if "i64" not in compiled.asm["ttir"]:
         found.append("no 64-bit offsets")
     tiles = disassembly.tiles(compiled.asm["ttgir"], threads)
-    found += defects.defects(variant.name, compiled, code, tiles, variant.is_aligned, backend == "cuda")
+    found += defects.defects(variant.name, target, compiled, code, tiles, variant.is_aligned)
     lines = {tile.line for tile in tiles if tile.kind != "store"}
     loads = [access for access in disassembly.accesses(code) if access.kind != "store"]
     return Resources(

@@ -75,6 +75,40 @@ def test_every_row_of_the_tables_is_compiled() -> None:
     assert done.returncode == 0, done.stderr
 
 
+FAR_FEATURES = """
+import contextlib
+import torch
+from benchmarks import resources
+from vicreg_fast.backends import triton_backend
+from vicreg_fast.plan import TWO_VIEWS
+
+made = {}
+def record(kernel, *, grid, warmup, **keywords):
+    variant = resources.variant_of(kernel, keywords)
+    made[variant.key()] = variant
+
+for N, D in ((4096, 32), (4096, 256), (16, 512)):
+    with contextlib.ExitStack() as stack:
+        for context in resources.as_if_on("cuda:90", record):
+            stack.enter_context(context)
+        x = torch.empty(1, N, D, device="cuda")
+        y = torch.empty_strided((1, N, D), (1, 1, 2**31 + 16), device="cuda")
+        results = triton_backend.terms(TWO_VIEWS, [x, y], None)
+        triton_backend.gradient(TWO_VIEWS, [x, y], None, results[TWO_VIEWS.outputs :], results[:3], [True, True])
+for variant in made.values():
+    resources.compile_for(variant, "cuda:90")
+print(len(made))
+"""
+
+
+def test_features_of_one_view_lie_2_to_the_31_elements_apart() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", FAR_FEATURES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 8
+
+
 def test_an_unknown_target_lists_the_known_ones() -> None:
     done = resources("--target", "cuda:70")
     assert done.returncode == 2

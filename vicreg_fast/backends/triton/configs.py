@@ -147,6 +147,7 @@ def _moments(block_d: int) -> Rows[Moments]:
 
 def _gram(kind: Kind, stages: int) -> Rows[Product]:
     large = kind.largest > 64
+    # As many as share an SM where no tile is split, which takes the most registers.
     small = Product(64, kind.block_k, kind.warps, stages, ctas_per_sm=8 // kind.warps)
     rows = (
         Row(32, ANY, Product(32, kind.block_k, 4, stages, ctas_per_sm=3)),
@@ -238,7 +239,16 @@ def _sm100() -> Tables:
     matching: dict[str, Rows[Matching]] = {
         kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
-    aligned = _large(3)._replace(matching=matching, local_gradient=_local_gradient(8))
+    table = _large(3)
+    # Triton 3.6 cannot compile the pipelined loop of few features.
+    second_moment = {
+        kind: tuple(
+            row._replace(config=row.config._replace(stages=1)) if 32 < row.second <= 64 else row for row in rows
+        )
+        for kind, rows in table.second_moment.items()
+    }
+    local_gradient = _local_gradient(8)
+    aligned = table._replace(matching=matching, local_gradient=local_gradient, second_moment=second_moment)
     return Tables(aligned, _unaligned(3, local_warps=8))
 
 
