@@ -241,7 +241,7 @@ def _sm100() -> Tables:
     }
     table = _large(3)
     # Triton 3.6 cannot compile the pipelined loop of few features.
-    second_moment = {
+    second_moment: dict[str, Rows[Product]] = {
         kind: tuple(
             row._replace(config=row.config._replace(stages=1)) if 32 < row.second <= 64 else row for row in rows
         )
