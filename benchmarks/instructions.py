@@ -172,6 +172,6 @@ def parse(code: str) -> Code:
         for k in range(first, last + 1):
             voted = source_loops().get(lines[k])
             if k not in inner and voted is not None and voted not in taken:
-                votes[voted] += 0.01 if voted[0] in RARE else 1
+                votes[voted] += 0.1 if voted[0] in RARE else 1
         loops.append(Loop(first, last, max(votes, key=votes.__getitem__) if votes else None))
     return Code(names, loops)
