@@ -190,13 +190,15 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     }
 
 
-def _local_gradient(warps: int) -> dict[str, Rows[LocalGradient]]:
+def _local_gradient(warps: int, fp32_columns: int = 64) -> dict[str, Rows[LocalGradient]]:
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     many = Row(ANY, ANY, LocalGradient(32, 16, warps))
     middle = Row(32, 128, LocalGradient(128, 32, 8))
-    wide = (Row(32, 64, LocalGradient(64, 32)), middle, Row(32, ANY, LocalGradient(256, 16, 8)), many)
-    half = (Row(32, 64, LocalGradient(64, 64)), middle, Row(32, ANY, LocalGradient(256, 32, 8)), many)
-    return {"fp32": wide, "tf32": wide, "half": half}
+    columns = {"fp32": (fp32_columns, 16), "tf32": (32, 16), "half": (64, 32)}
+    return {
+        kind: (Row(32, 64, LocalGradient(64, few)), middle, Row(32, ANY, LocalGradient(256, more, 8)), many)
+        for kind, (few, more) in columns.items()
+    }
 
 
 def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -> Table:
@@ -247,7 +249,7 @@ def _sm100() -> Tables:
         )
         for kind, rows in table.second_moment.items()
     }
-    local_gradient = _local_gradient(8)
+    local_gradient = _local_gradient(8, fp32_columns=32)
     aligned = table._replace(matching=matching, local_gradient=local_gradient, second_moment=second_moment)
     return Tables(aligned, _unaligned(3, local_warps=8))
 
@@ -256,7 +258,7 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
     table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), block_d=32)
     return table._replace(
         local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
-        local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps)["fp32"]),
+        local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps, 32)["fp32"]),
     )
 
 
