@@ -131,7 +131,7 @@ def gradient(
     grads = [grad for grad in (x_grad, y_grad) if grad is not None]
     block_l = block_of(max(grad.shape[1] for grad in grads), config.block_l)
     # One gradient alone takes more registers a column than each of two.
-    block_d = block_of(D, config.block_d if len(grads) == 2 else config.block_d // 2)
+    block_d = block_of(D, config.block_d if len(grads) == 2 else max(16, config.block_d // 2))
     tiles = sum(-(-grad.shape[1] // block_l) for grad in grads)
     vicregl._vicregl_gradient_kernel[(B * tiles * -(-D // block_d),)](
         views=_views(sources, match_index), gram_ptr=gram if gram.numel() else None,
