@@ -69,8 +69,8 @@ def disassembled(compiled: Any) -> str:
     return usage.stdout + code.stdout
 
 
-def accesses(code: str) -> Iterator[Access]:
-    """Every access to global memory, in the order of the code."""
+def with_lines(code: str) -> Iterator[tuple[str, str]]:
+    """Every line of the text of a disassembly, and the line of the source, as views.py:102, that it was made from."""
     line, files = "", {}
     for text in code.splitlines():
         if source := re.search(r'//## File "([^"]*)", line (\d+)', text):
@@ -79,7 +79,14 @@ def accesses(code: str) -> Iterator[Access]:
             files[source[1]] = Path(source[2]).name
         elif source := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
             line = f"{files.get(source[1], '')}:{source[2]}"
-        elif found := re.search(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", text):
+        else:
+            yield text, line
+
+
+def accesses(code: str) -> Iterator[Access]:
+    """Every access to global memory, in the order of the code."""
+    for text, line in with_lines(code):
+        if found := re.search(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", text):
             width = next((_BYTES[part] for part in found[2].split(".") if part in _BYTES), 4)
             yield Access(_KINDS[found[1]], width, line)
         elif found := re.search(r"\b(?:global|buffer)_(load|store)_(\w+)", text):

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import vicreg_fast.kernels
 
+from . import disassembly
+
 Arguments = Mapping[str, Any]  # of a launch, by name; "grid": its programs
 
 
@@ -141,15 +143,8 @@ def parse(code: str) -> Code:
     lines: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    line, files = "", {}
-    for text in code.splitlines():
-        if source := re.search(r'//## File "([^"]*)", line (\d+)', text):
-            line = f"{Path(source[1]).name}:{source[2]}"
-        elif source := re.match(r'\s*\.file\s+(\d+) (?:"[^"]*" )?"([^"]*)"', text):
-            files[source[1]] = Path(source[2]).name
-        elif source := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
-            line = f"{files.get(source[1], '')}:{source[2]}"
-        elif label := re.match(r"\s*(\.L\w+):", text):
+    for text, line in disassembly.with_lines(code):
+        if label := re.match(r"\s*(\.L\w+):", text):
             labels[label[1]] = len(names)
         elif instruction := re.match(
             r"(?:\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)|\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+)\b)(.*)",

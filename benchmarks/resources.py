@@ -9,7 +9,7 @@ those that the library launches.  A variant has a defect if
 - a loop loads a tile without an asynchronous copy, where the target has one;
 - it divides or takes a root approximately.
 
-ACCEPTED has the exceptions from the last three, each with its reason.
+``defects.py`` has the exceptions from the last three, each with its reason.
 """
 
 import concurrent.futures

@@ -85,9 +85,9 @@ def _moments_forward_kernel(
     VIEWS: tl.constexpr, FORMAT: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_D columns of one problem of one view.  ONE_BLOCK: N <= BLOCK_N, and z is read once.  A pair's second view reads the first for the invariance.
+    """One program: BLOCK_D columns of one problem of one view.  A pair's second view reads the first for the invariance.
 
-    Programs of the views of one block are neighbours: what one reads is in the cache for the other.
+    ONE_BLOCK: N <= BLOCK_N, and z is read once.  Programs of the views of one block are neighbours: what one reads is in the cache for the other.
     """
     program = tl.program_id(0)
     if program == 0:

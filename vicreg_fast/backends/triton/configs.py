@@ -60,11 +60,10 @@ class Matching(NamedTuple):
 
 
 class Local(NamedTuple):
-    """Of VICRegL's forward kernel: columns at a time, and the most registers that a thread may have."""
+    """Of VICRegL's forward kernel: columns at a time."""
 
     block_d: int
     warps: int = 4
-    registers: int = 255
 
 
 class LocalGradient(NamedTuple):
@@ -185,6 +184,7 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     block_k = half.block_k if fp32.warps == 4 else 32
     large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
     return {
+        # BLOCK_K 16: with 32 and four warps Triton 3.6 spills beside locations.
         "fp32": (Row(ANY, ANY, Matching(64, 16, fp32.warps, stages)),),
         "half": (small, *large),
     }
@@ -194,6 +194,7 @@ def _local_gradient(warps: int, fp32_columns: int = 64) -> dict[str, Rows[LocalG
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     many = Row(ANY, ANY, LocalGradient(32, 16, warps))
     middle = Row(32, 128, LocalGradient(128, 32, 8))
+    # Of up to 64 and of more patches: the most columns that spill on neither Triton 3.6 nor 3.9.  float16 is of kind tf32.
     columns = {"fp32": (fp32_columns, 16), "tf32": (32, 16), "half": (64, 32)}
     return {
         kind: (Row(32, 64, LocalGradient(64, few)), middle, Row(32, ANY, LocalGradient(256, more, 8)), many)
@@ -210,6 +211,7 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
+        # 64 rows of float32 spill: three TF32 matmuls keep more of their operands in registers.
         narrow_gradient={
             name: (Row(ANY, ANY, NarrowGradient(32 if name == "fp32" else 64, 4, stages)),) for name in kinds
         },
@@ -295,8 +297,8 @@ class Device(NamedTuple):
     num_sms: int
 
 
-def launch_options(device: Device, warps: int, stages: int = 1, registers: int = 255) -> dict[str, Any]:
-    """Triton's options of a launch; ``registers``: the most that a thread may have, on NVIDIA GPUs.
+def launch_options(device: Device, warps: int, stages: int = 1) -> dict[str, Any]:
+    """Triton's options of a launch.
 
     FMA fusion is off, whatever Triton's default.  The register limit is always given: without one, NVIDIA's assembler spills
     a few bytes to fit one more CTA on an SM (in 42 of 520 variants for compute capability 8.0); with a limit of 255, the
@@ -304,7 +306,7 @@ def launch_options(device: Device, warps: int, stages: int = 1, registers: int =
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if device.arch.startswith("sm"):
-        options["maxnreg"] = registers
+        options["maxnreg"] = 255
     return options
 
 

@@ -42,6 +42,7 @@ from .splitk import split, tril_tiles
 _FEW_SPLITS, _MANY_SPLITS = (4, 512), (8, 128)
 # The most features of which a program of the backward pass keeps the whole of C0.
 _NARROW = 64
+# Rows of a chunk: 2^24 of 64 features are 2^30 elements, and offsets within a chunk are 32-bit.
 _LONGEST_CHUNK = 1 << 24
 # Patches, matches at a time and columns of a program of the scatter.  The interpreter wants few programs, but at least two
 # for the tests' 130 columns.
@@ -235,7 +236,6 @@ def gradient(
         narrow: NarrowGradient = choose(key)
         columns = P * len([grad for grad in (x, y) if grad is not None])
         chunks = -(-device.num_sms * narrow.ctas_per_sm // columns)
-        # Offsets within a chunk are 32-bit.
         chunk_length = min(-(-N // (chunks * narrow.block_n)) * narrow.block_n, _LONGEST_CHUNK)
         chunks = -(-N // chunk_length)
         vicreg_narrow_backward._narrow_gradient_kernel[(columns * chunks,)](

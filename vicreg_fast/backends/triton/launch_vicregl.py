@@ -97,7 +97,7 @@ def terms(
         B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
         DUAL=dual, FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype, DOT_PRECISION=matmul.dot_precision,
         BLOCK_N=block_n, BLOCK_D=block_of(D, config.block_d), BLOCK_F=block_f,
-        **launch_options(device, config.warps, registers=config.registers),
+        **launch_options(device, config.warps),
     )  # fmt: skip
     return [*outputs, gram]
 
