@@ -51,7 +51,7 @@ class Card(NamedTuple):
         return {"copy_bytes_per_s": self.copy, "operations_per_s": rates}
 
 
-_SHEET = "the vendor's data sheet: peak bandwidth, dense matmuls, boost clock"
+_SHEET = "nominal peaks of bandwidth and dense matmuls, and boost clock; to be checked against the data sheet"
 CARDS = {
     "cuda:80": Card("A100 80GB SXM", _SHEET, 2.04e12, 312e12, 156e12, 108, 1.41e9),
     "cuda:86": Card("RTX A6000", _SHEET, 0.768e12, 155e12, 77e12, 84, 1.8e9),
