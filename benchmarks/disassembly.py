@@ -65,27 +65,36 @@ def disassembled(compiled: Any) -> str:
         usage = subprocess.run(
             [tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
         )
-        code = subprocess.run([tool("nvdisasm"), "-c", "-g", cubin], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool("nvdisasm"), "-c", "-gi", cubin], capture_output=True, text=True, check=True)
     return usage.stdout + code.stdout
 
 
-def with_lines(code: str) -> Iterator[tuple[str, str]]:
-    """Every line of the text of a disassembly, and the line of the source, as views.py:102, that it was made from."""
-    line, files = "", {}
+def with_lines(code: str) -> Iterator[tuple[str, list[str]]]:
+    """Every line of the text of a disassembly, and the lines of the source, as views.py:102, that it was made from.
+
+    First the line itself, then those that call the function it stands in, outwards.
+    """
+    lines: list[str] = [""]
+    files: dict[str, str] = {}
+    in_comment = False
     for text in code.splitlines():
         if source := re.search(r'//## File "([^"]*)", line (\d+)', text):
-            line = f"{Path(source[1]).name}:{source[2]}"
-        elif source := re.match(r'\s*\.file\s+(\d+) (?:"[^"]*" )?"([^"]*)"', text):
+            lines = [*(lines if in_comment else []), f"{Path(source[1]).name}:{source[2]}"]
+            in_comment = True
+            continue
+        in_comment = False
+        if source := re.match(r'\s*\.file\s+(\d+) (?:"[^"]*" )?"([^"]*)"', text):
             files[source[1]] = Path(source[2]).name
         elif source := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
-            line = f"{files.get(source[1], '')}:{source[2]}"
+            callers = re.findall(r"@\[ (\S+?:\d+):\d+", text)
+            lines = [f"{files.get(source[1], '')}:{source[2]}", *(Path(caller).name for caller in callers)]
         else:
-            yield text, line
+            yield text, lines
 
 
 def accesses(code: str) -> Iterator[Access]:
     """Every access to global memory, in the order of the code."""
-    for text, line in with_lines(code):
+    for text, (line, *_) in with_lines(code):
         if found := re.search(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", text):
             width = next((_BYTES[part] for part in found[2].split(".") if part in _BYTES), 4)
             yield Access(_KINDS[found[1]], width, line)

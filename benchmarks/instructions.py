@@ -1,7 +1,8 @@
 """How many warp instructions and matmul operations a launch executes, counted from the machine code.
 
 A loop of the code belongs to the loop of the kernel's source that most of its instructions come from.  LOOPS has how often
-each loop of ``kernels/`` runs in the average program.  Both arms of a branch are counted, once.
+each loop of ``kernels/`` runs in the average program, and BRANCHES the share of programs that take a branch; both arms of
+others are counted.
 """
 
 import ast
@@ -9,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,8 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
     "_narrow_gradient_kernel": [_steps("chunk_length", "BLOCK_N")],
-    "_accumulate": [_steps("D", "BLOCK_F")],
-    "_vicregl_forward_kernel": [_steps("D", "BLOCK_D")],
+    "_finish_columns": [lambda a: math.ceil(a["D"] / 64)],
+    "_vicregl_forward_kernel": [_steps("D", "BLOCK_D"), _steps("D", "BLOCK_F")],
     "_match_set_gradient": [_steps("D", "BLOCK_F")],
     "_vicregl_gradient_kernel": [lambda a: 2.0],  # directions
     "_scatter_backward_kernel": [lambda a: a["VIEWS"], _steps("m", "BLOCK_K")],
@@ -76,25 +77,68 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
 }
 # Loops that are hardly ever entered: in one program, for rows that are not finite.  Instructions of theirs may stand in others.
 RARE = ("_sum_partials", "add_rows")
+# Loops that stand in a branch: their counts contain its share.
+IN_BRANCH = ("replace_diagonal", "_chunk_sums")
+# By function and condition, as it is written, the share of programs in which it holds.
+BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
+    ("_moments_forward_kernel", "v % 2 == 1"): lambda a: 0.5,
+    ("_vicregl_forward_kernel", "side == 1"): lambda a: 0.5,
+    ("_gram_forward_kernel", "is_full"): lambda a: min(a["full_tiles"], a["grid"]) / a["grid"],
+    ("_gram_forward_kernel", "i == j"): _on_diagonal,
+    ("_splitk_reduction_kernel", "i == j"): _on_diagonal,
+    ("_reduce_covariance", "on_diagonal"): _on_diagonal,
+    ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
+    ("store_tile", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
+    ("reduce_terms", "_arrives_last(partials.arrival_counter_ptr)"): lambda a: 1 / a["grid"],
+    ("reduce_losses", "_arrives_last(counter_ptr)"): lambda a: 1 / a["grid"],
+    ("add_rows", "tl.sum(tl.sum(g * 0.0, 1), 0) != 0.0"): lambda a: 0.0,
+}
+
+Branch = tuple[tuple[str, str], bool]  # a key of BRANCHES, and whether the condition holds
+
+
+def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of ``kernels/``, and the names of their files."""
+    for file in Path(vicreg_fast.kernels.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                yield file.name, function
+
+
+@functools.cache
+def source_branches() -> dict[str, list[Branch]]:
+    """The branches of BRANCHES that every line of ``kernels/`` stands in."""
+    found: defaultdict[str, list[Branch]] = defaultdict(list)
+    known = set()
+    for file, function in _functions():
+        for node in ast.walk(function):
+            key = (function.name, ast.unparse(node.test)) if isinstance(node, ast.If) else None
+            if key not in BRANCHES:
+                continue
+            known.add(key)
+            for body, holds in ((node.body, True), (node.orelse, False)):
+                lines = {n.lineno for statement in body for n in ast.walk(statement) if hasattr(n, "lineno")}
+                for line in lines:
+                    found[f"{file}:{line}"].append((key, holds))
+    if missing := BRANCHES.keys() - known:
+        raise LookupError(f"kernels have no branch {sorted(missing)[0]}")
+    return found
 
 
 @functools.cache
 def source_loops() -> dict[str, tuple[str, int]]:
     """The innermost loop of every line of ``kernels/``: of views.py:102, its function and which of its loops."""
     found: dict[str, tuple[str, int]] = {}
-    for file in Path(vicreg_fast.kernels.__file__).parent.glob("*.py"):
-        for function in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            loops = [
-                n
-                for n in ast.walk(function)
-                if isinstance(n, ast.For) and "static_range" not in ast.unparse(n.iter)
-            ]
-            loops.sort(key=lambda loop: loop.lineno)
-            for index, loop in enumerate(loops):  # an inner loop comes later and overwrites
-                for line in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1):
-                    found[f"{file.name}:{line}"] = (function.name, index)
+    for file, function in _functions():
+        loops = [
+            n
+            for n in ast.walk(function)
+            if isinstance(n, ast.For) and "static_range" not in ast.unparse(n.iter)
+        ]
+        loops.sort(key=lambda loop: loop.lineno)
+        for index, loop in enumerate(loops):  # an inner loop comes later and overwrites
+            for line in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1):
+                found[f"{file}:{line}"] = (function.name, index)
     return found
 
 
@@ -107,19 +151,26 @@ class Loop(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The names of a kernel's instructions, with their modifiers, and its loops."""
+    """The names of a kernel's instructions, with their modifiers, the branches that each stands in, and its loops."""
 
     instructions: list[str]
+    branches: list[set[Branch]]
     loops: list[Loop]
 
     def executions(self, arguments: Arguments) -> list[float]:
         """How often a warp of the average program executes each instruction."""
-        counts = [1.0] * len(self.instructions)
-        for loop in self.loops:
+        shares = {key: share(arguments) for key, share in BRANCHES.items() if key in self._branches_taken}
+        counts = [math.prod(shares[key] if holds else 1 - shares[key] for key, holds in b) for b in self.branches]
+        for loop in self.loops:  # inner loops first
             trips = self._trips(loop, arguments)
+            in_branch = loop.source is not None and loop.source[0] in IN_BRANCH
             for position in range(loop.first, loop.last + 1):
-                counts[position] *= trips
+                counts[position] = trips if in_branch else counts[position] * trips
         return counts
+
+    @property
+    def _branches_taken(self) -> set[tuple[str, str]]:
+        return {key for branches in self.branches for key, _ in branches}
 
     def _trips(self, loop: Loop, arguments: Arguments) -> float:
         """How often a loop runs.  A long and a short loop of one source loop are its unrolled form and the remainder."""
@@ -140,10 +191,10 @@ class Code(NamedTuple):
 def parse(code: str) -> Code:
     """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly."""
     names: list[str] = []
-    lines: list[str] = []
+    lines: list[list[str]] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    for text, line in disassembly.with_lines(code):
+    for text, source in disassembly.with_lines(code):
         if label := re.match(r"\s*(\.L\w+):", text):
             labels[label[1]] = len(names)
         elif instruction := re.match(
@@ -153,20 +204,44 @@ def parse(code: str) -> Code:
             if target := re.search(r"(\.L\w+)", instruction[3]):
                 branches.append((len(names), target[1]))
             names.append(instruction[1] or instruction[2])
-            lines.append(line)
+            lines.append(source)
     regions: dict[int, int] = {}
+    skipped: list[range] = []
     for position, target_label in branches:
         first = labels.get(target_label, position)
         if first < position:
             regions[first] = max(regions.get(first, 0), position)
+        elif first > position + 1:
+            skipped.append(range(position + 1, first))
     loops: list[Loop] = []
     for first, last in sorted(regions.items(), key=lambda region: region[1] - region[0]):  # inner loops first
         inner = {k for loop in loops for k in range(loop.first, loop.last + 1)}
         taken = {loop.source for loop in loops if first <= loop.first and loop.last <= last}
         votes: defaultdict[tuple[str, int], float] = defaultdict(float)
         for k in range(first, last + 1):
-            voted = source_loops().get(lines[k])
+            voted = source_loops().get(lines[k][0])
             if k not in inner and voted is not None and voted not in taken:
                 votes[voted] += 0.1 if voted[0] in RARE else 1
         loops.append(Loop(first, last, max(votes, key=votes.__getitem__) if votes else None))
-    return Code(names, loops)
+    return Code(names, _branches(lines, skipped), loops)
+
+
+def _branches(lines: list[list[str]], skipped: list[range]) -> list[set[Branch]]:
+    """The branches that each instruction stands in, from its lines and from the instructions that jumps skip.
+
+    Triton 3.6 writes an instruction's own line only, not those of the calls: of a branch that calls functions, the shortest
+    skipped code with nine tenths of the branch's own lines is all of the branch.
+    """
+    found = [{branch for line in source for branch in source_branches().get(line, ())} for source in lines]
+    of_branch: defaultdict[Branch, set[int]] = defaultdict(set)
+    for position, own in enumerate(found):
+        for branch in own:
+            of_branch[branch].add(position)
+    for branch, own_positions in of_branch.items():
+        for code in sorted(skipped, key=len):
+            inside = sum(position in code for position in own_positions)
+            if inside >= 0.9 * len(own_positions) and inside >= 0.2 * len(code):
+                for position in code:
+                    found[position].add(branch)
+                break
+    return found

@@ -9,23 +9,36 @@ ones, 2 L m D operations an image and view, without atomics.  Letters and buffer
 import triton
 import triton.language as tl
 
+from .numerics import round_to_format
+
 
 @triton.jit
-def add_rows(out, g, n, m, index_ptr, stride, patch, DOT_PRECISION: tl.constexpr):
+def add_rows(out, g, n, m, index_ptr, stride, patch, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr):
     """out (patches, columns) with row k of g added to patch index[k * stride], for the rows k = n < m.
 
-    0 * inf is NaN, so rows that are not finite are added one by one, in a branch that is rarely taken.
+    g's rows from m on are ignored.  FORMAT: of the result's gradient, "bf16" or any other.  DOT_PRECISION: Triton's name of a
+    matmul that is accurate to float32.  Zeros and ones need no rounding, so g in two parts is enough for that.
+    0 * inf is NaN, so where a row is not finite the rows are added one by one, in a branch that is rarely taken.
     """
     # 32 bits: each thread holds many, in half the registers of int64.
-    index = tl.load(index_ptr + n * stride, mask=n < m, other=0).to(tl.int32)
-    chosen = (patch[:, None] == index[None, :]) & (n < m)[None, :]
-    finite = tl.abs(g) < float("inf")
-    out = tl.dot(chosen.to(tl.float32), tl.where(finite, g, 0.0), out, input_precision=DOT_PRECISION)
-    if tl.sum(tl.sum((~finite).to(tl.int32), 1), 0) > 0:
+    index = tl.load(index_ptr + n * stride, mask=n < m, other=-1).to(tl.int32)
+    if tl.sum(tl.sum(g * 0.0, 1), 0) != 0.0:
         for k in range(tl.min(n, 0), tl.minimum(m, tl.max(n, 0) + 1)):
-            row = tl.sum(tl.where((n == k)[:, None] & ~finite, g, 0.0), 0)
+            row = tl.sum(tl.where((n == k)[:, None], g, 0.0), 0)
             out += tl.where((patch == tl.load(index_ptr + k * stride))[:, None], row[None, :], 0.0)
-    return out
+        g = tl.zeros_like(g)
+    chosen = patch[:, None] == index[None, :]
+    if FORMAT == "bf16":
+        high = g.to(tl.bfloat16)
+        low = (g - high.to(tl.float32)).to(tl.bfloat16)
+        ones = chosen.to(tl.bfloat16)
+        return tl.dot(ones, low, tl.dot(ones, high, out))
+    ones = chosen.to(tl.float32)
+    if DOT_PRECISION == "tf32x3":
+        high = round_to_format(g, "tf32")
+        out = tl.dot(ones, high, out, input_precision="tf32")
+        return tl.dot(ones, g - high, out, input_precision="tf32")
+    return tl.dot(ones, g, out, input_precision=DOT_PRECISION)
 
 
 @triton.jit(do_not_specialize=["first_view", "view_step", "image_stride", "match_stride", "view_stride"])
@@ -57,5 +70,5 @@ def _scatter_backward_kernel(
             g_rows = (first + j * view_stride + n.to(tl.int64) * match_stride) * D
             mask = (n < m)[:, None] & (d < D)[None, :]
             g = tl.load(g_ptr + g_rows[:, None] + d[None, :], mask=mask, other=0.0)
-            out = add_rows(out, g, n, m, index, match_stride, patch, DOT_PRECISION)
+            out = add_rows(out, g, n, m, index, match_stride, patch, "fp32", DOT_PRECISION)
     tl.store(at, out, mask=inside)

@@ -64,11 +64,18 @@ def keys(plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: De
 
 
 def saved(plan: Plan, shape: Sequence[int], matmul: MatmulPolicy) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of what the backward pass reads: on the dual side all match sets' Gram matrices, flat; else nothing."""
+    """Shapes and types of what the backward pass reads: the match sets' Gram matrices, flat, and sums of their columns.
+
+    No Gram matrices on the primal side.
+    """
     B, _, D = shape
     m1, m2 = plan.match_counts
-    keep = plan.save_for_backward and uses_dual(B, max(m1, m2), D)
-    return [((4 * B * (m1 * m1 + m2 * m2),) if keep else (0,), matmul.matrix_dtype)]
+    gram = 4 * B * (m1 * m1 + m2 * m2) if uses_dual(B, max(m1, m2), D) else 0
+    columns = 8 * B * 3 * D
+    return [
+        ((gram if plan.save_for_backward else 0,), matmul.matrix_dtype),
+        ((columns if plan.save_for_backward else 0,), torch.float32),
+    ]
 
 
 def _views(sources: Sequence[Tensor], match_index: Tensor) -> Views:
@@ -85,21 +92,30 @@ def terms(
     config: Local = choose(forward_key)
     x = sources[0]
     B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
-    ((size, dtype),) = saved(plan, x.shape, matmul)
-    gram = torch.empty(size, dtype=dtype, device=x.device)
+    gram, columns = (torch.empty(size, dtype=dtype, device=x.device) for size, dtype in saved(plan, x.shape, matmul))
+    # Freed when the forward pass returns.
+    squares = torch.empty(8 * B, D, dtype=torch.float64, device=x.device)
+    scratch = columns if columns.numel() else torch.empty(8 * B, 3, D, dtype=torch.float32, device=x.device)
     partials = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
+    block_d = block_of(D, config.block_d)
     vicregl._vicregl_forward_kernel[(8 * B,)](
-        views=_views(sources, matches.match_index), gram_ptr=gram if gram.numel() else None, partials_ptr=partials,
+        views=_views(sources, matches.match_index), gram_ptr=gram if gram.numel() else None,
+        columns_ptr=scratch, squares_ptr=squares, partials_ptr=partials,
         arrival_counter_ptr=matches.arrival_counter,
         location=Terms(*outputs[:4]), feature=Terms(*outputs[4:8]), total_ptr=outputs[8],
         scales=match_set_scales(_loss_weights(plan), B, D)[0],
         B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
-        DUAL=dual, FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype, DOT_PRECISION=matmul.dot_precision,
-        BLOCK_N=block_n, BLOCK_D=block_of(D, config.block_d), BLOCK_F=block_f,
+        DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
+        DOT_PRECISION=matmul.dot_precision, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f,
         **launch_options(device, config.warps),
     )  # fmt: skip
-    return [*outputs, gram]
+    return [*outputs, gram, columns]
+
+
+def _is_even(D: int, block_d: int, block_f: int, dual: bool) -> bool:
+    """Whether all blocks of columns are full: the kernels then need no mask."""
+    return D % block_d == 0 and (dual or D % block_f == 0)
 
 
 def _loss_weights(plan: Plan) -> list[float]:
@@ -112,6 +128,7 @@ def gradient(
     sources: Sequence[Tensor],
     match_index: Tensor,
     gram: Tensor,
+    columns: Tensor,
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
     matmul: MatmulPolicy,
@@ -134,11 +151,11 @@ def gradient(
     block_d = block_of(D, config.block_d if len(grads) == 2 else max(16, config.block_d // 2))
     tiles = sum(-(-grad.shape[1] // block_l) for grad in grads)
     vicregl._vicregl_gradient_kernel[(B * tiles * -(-D // block_d),)](
-        views=_views(sources, match_index), gram_ptr=gram if gram.numel() else None,
+        views=_views(sources, match_index), gram_ptr=gram if gram.numel() else None, columns_ptr=columns,
         x_grad_ptr=x_grad, y_grad_ptr=y_grad, location=Upstream(*location), feature=Upstream(*feature),
         scales=match_set_scales(_loss_weights(plan), B, D)[1],
-        B=B, L1=x.shape[1], L2=y.shape[1], D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
-        DUAL=dual, FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
+        B=B, L1=x.shape[1], L2=y.shape[1], D=D, m1=m1, m2=m2,
+        DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
         DOT_PRECISION=matmul.dot_precision, EXACT_PRECISION=matmul.exact_precision,
         BLOCK_L=block_l, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, **launch_options(device, config.warps),
     )  # fmt: skip
