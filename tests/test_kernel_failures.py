@@ -212,7 +212,6 @@ x.requires_grad_()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     losses = [VICRegLoss()(x, y)["loss"] for _ in range(2)]
-    compiled = torch.compile(VICRegLoss(), fullgraph=True, backend="aot_eager")(x, y)["loss"]
 (text,) = [str(warning.message) for warning in caught if "Triton" in str(warning.message)]
 assert text.startswith("the Triton kernels cannot run: ImportError: libtriton.so is broken; sorry. The ATen"), text
 expected = VICRegLoss(backend="aten")(x, y)["loss"]
@@ -220,8 +219,6 @@ expected = VICRegLoss(backend="aten")(x, y)["loss"]
 for loss in losses:
     assert torch.equal(loss, expected)
     assert torch.equal(*torch.autograd.grad(loss, x), gradient)
-torch.testing.assert_close(compiled, expected)  # traced code multiplies weights elsewhere: it rounds otherwise
-torch.testing.assert_close(*torch.autograd.grad(compiled, x), gradient)
 for _ in range(2):
     try:
         VICRegLoss(backend="triton")(x, y)
