@@ -106,6 +106,11 @@ def assert_step(actual: tuple[list[Tensor], list[Tensor]], kind: str, forward: s
     assert_same_bits(actual[1], step(loss_of(kind, "aten"), kind)[1])
 
 
+def assert_one_warning(caught: pytest.WarningsRecorder) -> None:
+    """One of the library; NumPy has its own of Triton 3.6's interpreter."""
+    assert sum("the Triton kernels cannot run" in str(warning.message) for warning in caught) == 1
+
+
 # Kernels of each loss's forward pass, in order, and of its backward pass.
 FORWARD = {
     "dual": ["moments_forward", "gram_forward"],
@@ -127,7 +132,7 @@ def test_a_forward_kernel_fails(kind: str, name: str, kernels: Kernels) -> None:
     kernels.failing = {name}
     with pytest.warns(UserWarning, match=WARNING) as caught:
         assert_step(step(loss_of(kind), kind), kind)
-    assert len(caught) == 1
+    assert_one_warning(caught)
     assert kernels.launched[-1] == name
     kernels.launched.clear()
     assert_step(step(loss_of(kind), kind), kind)  # a second warning would be an error
@@ -139,7 +144,7 @@ def test_a_backward_kernel_fails(kind: str, kernels: Kernels) -> None:
     kernels.failing = {BACKWARD[kind]}
     with pytest.warns(UserWarning, match=WARNING) as caught:
         actual = step(loss_of(kind), kind)
-    assert len(caught) == 1
+    assert_one_warning(caught)
     assert kernels.launched[-1] == BACKWARD[kind]
     assert_step(actual, kind, forward="triton")
     kernels.launched.clear()
@@ -213,7 +218,7 @@ def test_match_patches(name: str, kernels: Kernels) -> None:
     kernels.failing = {name}
     with pytest.warns(UserWarning, match=WARNING) as caught:
         actual = functional.match_patches(*maps, M)
-    assert len(caught) == 1
+    assert_one_warning(caught)
     assert_same_bits(list(actual), list(expected))
 
 
@@ -241,7 +246,7 @@ def test_a_kernel_of_a_compiled_loss_fails(kind: str, backward: bool, kernels: K
     kernels.failing = {BACKWARD[kind] if backward else FORWARD[kind][-1]}
     with pytest.warns(UserWarning, match=WARNING) as caught:
         losses, gradients = step(loss, kind)
-    assert len(caught) == 1
+    assert_one_warning(caught)
     assert_same_bits(gradients, truth[1])
     if not backward:
         assert_same_bits(losses, truth[0])
@@ -274,7 +279,7 @@ def test_a_compiled_loss_where_triton_cannot_be_imported(monkeypatch: pytest.Mon
     monkeypatch.setattr(backends, "_import_failure", lambda: "ImportError: broken")
     with pytest.warns(UserWarning, match="the Triton kernels cannot run: ImportError: broken") as caught:
         losses, gradients = step(compiled("dual"), "dual")
-    assert len([w for w in caught if "Triton" in str(w.message)]) == 1
+    assert_one_warning(caught)
     assert_same_bits(losses + gradients, truth[0] + truth[1])
 
 
@@ -304,7 +309,7 @@ def test_a_compiled_loss_is_traced_for_aten_after_a_failure(kernels: Kernels) ->
 def test_a_warning_that_is_an_error(name: str, kernels: Kernels) -> None:
     kernels.failing = {name}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         x, y = inputs_of("dual")
         assert x is not None
         with pytest.raises(UserWarning, match=WARNING):
@@ -318,7 +323,7 @@ def test_a_backward_pass_can_be_repeated_after_its_warning_was_an_error(kernels:
     total = VICRegLoss()(x, y)["loss"]
     kernels.failing = {"gradient"}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match=WARNING):
             torch.autograd.grad(total, (x, y), retain_graph=True)
         assert_same_bits(torch.autograd.grad(total, (x, y)), step(loss_of("dual", "aten"), "dual")[1])

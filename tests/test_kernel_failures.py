@@ -159,11 +159,19 @@ def test_errors_of_the_kernels(error: Exception) -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        DeprecationWarning("a filter makes it an error"),
     ],
     ids=repr,
 )
 def test_errors_that_are_not_the_kernels(error: Exception) -> None:
     assert not kernel_failures.caused_by_kernels(raised(error, LAUNCHER, TRITON))
+
+
+def test_a_cause_that_triton_wrapped_is_seen() -> None:
+    wrapper = ValueError("at 1:2: ...")
+    assert kernel_failures.caused_by_kernels(raised(wrapper, LAUNCHER, TRITON))
+    wrapper.__cause__ = MemoryError()
+    assert not kernel_failures.caused_by_kernels(wrapper)
 
 
 # -- the warning ----------------------------------------------------------------------------------------------------

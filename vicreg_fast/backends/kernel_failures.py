@@ -7,6 +7,7 @@ launch only reports: memory that ran out, and errors of earlier work, which a GP
 import errno
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -40,14 +41,25 @@ _LONGEST_REASON = 400
 
 def caused_by_kernels(error: Exception) -> bool:
     """Whether an error that a backend raised says that its kernels cannot run."""
-    # torch reports errors of earlier work on a GPU as AcceleratorError.
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
-        return False
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+    if any(map(_has_another_cause, _with_causes(error))):
         return False
     if isinstance(error, RuntimeError) and str(error).startswith(_DRIVER_ERROR):
         return any(text in str(error) for text in _ABOUT_THE_KERNEL)
     return _raised_by_triton(error)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from: Triton's compiler wraps what it meets."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _has_another_cause(error: BaseException) -> bool:
+    """Memory that ran out, earlier work on a GPU (torch's AcceleratorError), or a warning that a filter makes an error."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | Warning):
+        return True
+    return isinstance(error, OSError) and error.errno == errno.ENOMEM
 
 
 def _raised_by_triton(error: Exception) -> bool:
@@ -88,7 +100,7 @@ def warn(where: str, reason: str) -> None:
             return
         _warned.add(reason)
     warnings.warn(
-        f"the Triton kernels cannot run{where}: {reason.rstrip('.')}. The ATen backend computes this call and all later ones "
-        "there. To see the whole error, call with backend='triton'",
+        f"the Triton kernels cannot run{where}: {reason.rstrip('.')}. The ATen backend computes this call and all later "
+        f"ones{where}. To see the whole error, call with backend='triton'",
         stacklevel=2,
     )
