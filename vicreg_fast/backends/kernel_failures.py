@@ -33,7 +33,6 @@ _ABOUT_THE_KERNEL = (
     "unsupported toolchain",  # PTX of a newer version than the driver's
     "too many resources requested for launch",
     "out of resources required to launch",
-    "operation not supported",
 )
 # A reason is cut to this many characters: Triton's errors may contain a kernel's source or the assembler's log.
 _LONGEST_REASON = 400
