@@ -98,3 +98,13 @@ def test_loss_equals_ours_at_its_definition(library: Library, case: Case) -> Non
     actual, exact = (losses(*views)["loss"] for losses in (theirs, ours))
     assert actual.shape == ()
     assert_exact([actual, *torch.autograd.grad(actual, pair)], [exact, *torch.autograd.grad(exact, pair)])
+
+
+def test_kernels_that_fail_are_not_timed_as_those_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATen would take their place, and its times would pass for theirs."""
+    monkeypatch.setattr(providers.backends, "choose", lambda backend, *args: backend)
+    made: list[str] = []
+    monkeypatch.setattr(providers, "ours_of", lambda case, backend, definition: made.append(backend))
+    for backend in ("auto", "aten"):
+        providers.ours(vicreg("highest", 8, 16), backend, torch.device("cuda"), ONES)
+    assert made == ["triton", "aten"]

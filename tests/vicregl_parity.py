@@ -37,7 +37,7 @@ def of_kernels(plan: Plan, maps: Sequence[Tensor], locations: Sequence[Tensor], 
 
 def matches_of(plan: Plan, maps: Sequence[Tensor], locations: Sequence[Tensor]) -> list[reference.Matches]:
     """The kernels' matches: by location from x to y and from y to x, then by feature; (B, m) each."""
-    outputs = operators.terms(plan._replace(save_for_backward=False), maps, locations)
+    _, outputs = operators.terms(plan._replace(save_for_backward=False), maps, locations)
     sets = plan.match_sets(outputs[plan.outputs], maps[0].shape[0])
     directions = [views for views_of_group in sets for views in views_of_group.split(2)]
     return [reference.Matches(*(views.mT if plan.per_slot else views).unbind()) for views in directions]

@@ -130,6 +130,8 @@ def _parity(device: torch.device) -> bool:
         rule = f"{_FLOORS[dtype]:.1e} x scale" + (" + 2 x eager's error" if dtype == torch.float32 else "")
         print(f"  {dtype}: worst relative error {worst:.1e}; allowed {rule}; nearest to that:")
         print(f"    {max(results)[2] if results else 'nothing ran'}")
+    if reason := backends.failure(device):
+        failures.append(f"the Triton kernels cannot run on {device}, ATen computed these results: {reason}")
     for failure in failures:
         print(f"  FAILED {failure}")
     print(f"  {len(failures)} FAILED" if failures else "  all passed")
@@ -181,12 +183,15 @@ def _machine(devices: dict[str, str]) -> None:
     for name, description in devices.items():
         device = torch.device(name)
         chosen, reason = backends.choose("auto", device), ""
-        if chosen != "triton":
+        if failure := backends.failure(device):
+            reason = f", for the Triton kernels cannot run: {failure}"
+        elif chosen == "aten":
             try:
                 backends.choose("triton", device)
                 reason = ", for Triton's interpreter is slow; backend='triton' takes it"
             except ValueError as error:
                 reason = ", for " + str(error).partition(";")[0]  # the advice that follows is left out
+        chosen = "triton" if chosen == "auto" else chosen
         print(f"  {name} ({description}): backend 'auto' is {chosen!r}{reason}")
 
 
@@ -196,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vicreg_fast",
         description="Say what this machine is and which backend the losses use on it, check losses and gradients "
         "against their definition in float64, and sketch the speed against eager code. Takes less than a minute.",
-        epilog="exit status: 0 where all is well, 1 where a check failed, 2 for a bad argument, 130 after Ctrl-C",
+        epilog="exit status: 0 where all is well, 1 where a check failed or a GPU cannot run the kernels, "
+        "2 for a bad argument, 130 after Ctrl-C",
     )
     parser.add_argument("--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1, xpu or mps "
                         "(default: cuda where there is one, else cpu)")  # fmt: skip

@@ -47,7 +47,7 @@ class _WeightedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         sources, locations = tensors[: plan.source_count], tensors[plan.source_count :]
-        results = operators.terms(plan, sources, locations)
+        plan, results = operators.terms(plan, sources, locations)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.locations = plan, len(locations)
         ctx.save_for_backward(*sources, *results[plan.outputs :])
@@ -102,7 +102,7 @@ def weighted_terms(
         # Nothing needs to be saved.  The Function is also avoided because Dynamo 2.13 inlines a Function without gradients:
         # it counts the arguments of forward to detect a context, and fails on *tensors.
         plan = plan._replace(save_for_backward=False)
-        flat = operators.terms(plan, sources, locations)[: plan.outputs]
+        flat = operators.terms(plan, sources, locations)[1][: plan.outputs]
     losses = [WeightedTerms(*flat[at : at + 4]) for at in range(0, 4 * plan.losses, 4)]
     if outside:
         losses = [weigh(loss, weights) for loss in losses]

@@ -3,26 +3,34 @@
 A registered operator costs tens of microseconds more than the call, and a traced loop over blocks would put thousands of
 nodes into a graph.  So eager code calls the backend, and traced code the operator.  The operators have no autograd of their
 own: :mod:`vicreg_fast.autograd` differentiates both.  No operator writes to its inputs.
+
+The backend "auto" is Triton's kernels until one of them fails, and ATen from then on.  A failed call is computed by ATen as a
+whole: matching with terms, and in the backward pass what ATen saves with its gradient.
 """
 
-from collections.abc import Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import backends, precision
+from .backends import kernel_failures
 from .plan import Matches, Plan, index_size
 
+Result = TypeVar("Result")
 
-def terms(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor] = ()) -> list[Tensor]:
-    """[the plan's outputs; the match index, if the plan matches patches; what the backward pass needs besides].
 
+def terms(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor] = ()) -> tuple[Plan, list[Tensor]]:
+    """The plan to differentiate by, and results.
+
+    The plan has the backend "aten" where ATen took the place of the kernels.  Results: [the plan's outputs; the match index,
+    if the plan matches patches; what the backward pass needs besides].
     Outputs: weighted inv, var, cov and their sum of every loss, then the sum of all losses if there are several.
     ``locations``: of both maps' patches; only plans that match patches have them.  The index: see :class:`plan.Matches`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.vicreg_fast.terms(sources, locations, *plan)  # type: ignore[no-any-return]
+        return plan, torch.ops.vicreg_fast.terms(sources, locations, *plan)
     return _terms_of(plan, sources, locations)
 
 
@@ -36,12 +44,12 @@ def gradient(
 ) -> list[Tensor]:
     """Gradients of the sources that ``needs`` marks, in their own types.
 
-    ``upstream``, three scalars a group, multiplies the weighted terms; None: the term has no upstream gradient.
+    ``plan`` and what follows ``sources`` are of :func:`terms`.  ``upstream``, three scalars a group, multiplies the weighted
+    terms; None: the term has no upstream gradient.
     """
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.gradient(sources, match_index, saved, upstream, needs, *plan)  # type: ignore[no-any-return]
-    backend = backends.module(plan.backend)
-    return backend.gradient(plan, sources, match_index, saved, upstream, needs)  # type: ignore[no-any-return]
+    return _gradient_of(plan, sources, match_index, saved, upstream, needs)
 
 
 def match(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
@@ -53,27 +61,74 @@ def match(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -
 
 
 def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
-    """Euclidean distances (B, m) of matches (2, B, m); carries no gradient."""
+    """Euclidean distances (B, m) of matches (2, B, m) of any backend; carries no gradient."""
     if torch.compiler.is_compiling():
         return torch.ops.vicreg_fast.match_distances(queries, candidates, matches, backend)  # type: ignore[no-any-return]
-    return backends.module(backend).match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+    return _match_distances_of(queries, candidates, matches, backend)
 
 
-def _terms_of(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor]) -> list[Tensor]:
-    backend = backends.module(plan.backend)
-    if not plan.match_counts:
-        return backend.terms(plan, sources, None)  # type: ignore[no-any-return]
-    # The arrival counter that matching zeroes never leaves this call.
-    matches: Matches = backend.match(sources, locations, plan.match_counts, plan.match_order, plan.per_slot)
-    results = backend.terms(plan, sources, matches)
-    return [*results[: plan.outputs], matches.match_index, *results[plan.outputs :]]
+def _with_fallback(backend: str, device: torch.device, run: Callable[[str], Result]) -> tuple[str, Result]:
+    """(backend, ``run`` of it); for "auto", "triton" is run, or "aten" if the kernels fail or did before on this device."""
+    if backend != "auto":
+        return backend, run(backend)
+    if device not in kernel_failures.reasons:
+        try:
+            return backend, run("triton")
+        except Exception as error:
+            if not kernel_failures.caused_by_kernels(error):
+                raise
+            kernel_failures.record(device, error)
+    # Outside of the handler, where the error's traceback would keep the memory of the failed call.
+    return "aten", run("aten")
+
+
+def _terms_of(plan: Plan, sources: Sequence[Tensor], locations: Sequence[Tensor]) -> tuple[Plan, list[Tensor]]:
+    def compute(name: str) -> list[Tensor]:
+        backend = backends.module(name)
+        if not plan.match_counts:
+            return backend.terms(plan, sources, None)  # type: ignore[no-any-return]
+        # The arrival counter that matching zeroes never leaves this call.
+        matches: Matches = backend.match(sources, locations, plan.match_counts, plan.match_order, plan.per_slot)
+        results = backend.terms(plan, sources, matches)
+        return [*results[: plan.outputs], matches.match_index, *results[plan.outputs :]]
+
+    backend, results = _with_fallback(plan.backend, sources[0].device, compute)
+    return plan if backend == plan.backend else plan._replace(backend=backend), results
+
+
+def _gradient_of(
+    plan: Plan,
+    sources: Sequence[Tensor],
+    match_index: Tensor | None,
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    def differentiate(name: str) -> list[Tensor]:
+        backend, kept = backends.module(name), saved
+        if name == "aten" and plan.backend == "auto":
+            # The kernels saved something else, or the operator nothing.
+            matches = None if match_index is None else Matches(match_index)
+            kept = backend.terms(plan, sources, matches)[plan.outputs :]
+        return backend.gradient(plan, sources, match_index, kept, upstream, needs)  # type: ignore[no-any-return]
+
+    return _with_fallback(plan.backend, sources[0].device, differentiate)[1]
 
 
 def _match_of(queries: Tensor, candidates: Tensor, num_matches: int, backend: str) -> Tensor:
-    matches: Matches = backends.module(backend).match(
-        (queries, candidates), (), (num_matches,), "distance", False
-    )
+    def find(name: str) -> Matches:
+        maps = (queries, candidates)
+        return backends.module(name).match(maps, (), (num_matches,), "distance", False)  # type: ignore[no-any-return]
+
+    _, matches = _with_fallback(backend, queries.device, find)
     return matches.match_index.view(2, queries.shape[0], num_matches)
+
+
+def _match_distances_of(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
+    def measure(name: str) -> Tensor:
+        return backends.module(name).match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+
+    return _with_fallback(backend, queries.device, measure)[1]
 
 
 # -- the same as operators ----------------------------------------------------------------------------------------
@@ -118,7 +173,7 @@ torch.library.define(
 
 
 def _resolved_backend(backend: str, tensors: Sequence[Tensor]) -> str:
-    """The backend that "auto" means for these tensors; raises if the requested one cannot run on them."""
+    """The backend for these tensors, see :func:`backends.resolve`; raises if the requested one cannot run on them."""
     dtypes = [z.dtype for z in tensors]
     backend = backends.resolve(backend, tensors[0].device, dtypes)
     backends.require(backend, tensors[0].device, dtypes)
@@ -137,9 +192,24 @@ def _resolved(constants: Sequence[Any], sources: Sequence[Tensor], *, fake: bool
     return plan._replace(backend=_resolved_backend(plan.backend, sources))
 
 
+def _saved(plan: Plan, sources: Sequence[Tensor], match_index: Tensor | None) -> list[Tensor]:
+    """Uninitialised memory of the shapes and types in which the operator saves.  Those of "auto" are the kernels'."""
+    backend = backends.module("triton" if plan.backend == "auto" else plan.backend)
+    return [
+        sources[0].new_empty(shape, dtype=dtype) for shape, dtype in backend.saved(plan, sources, match_index)
+    ]
+
+
 @torch.library.impl("vicreg_fast::terms", "default")
 def _terms(sources: list[Tensor], locations: list[Tensor], *constants: Any) -> list[Tensor]:
-    return _terms_of(_resolved(constants, sources), sources, locations)
+    plan = _resolved(constants, sources)
+    computed, results = _terms_of(plan, sources, locations)
+    if computed.backend != plan.backend:
+        # The compiler knows the shapes that the kernels save.  ``gradient`` does not read these after a failure.
+        promised = plan.outputs + bool(plan.match_counts)
+        index = results[plan.outputs] if plan.match_counts else None
+        results = [*results[:promised], *_saved(plan, sources, index)]
+    return results
 
 
 @torch.library.register_fake("vicreg_fast::terms")  # type: ignore[untyped-decorator]
@@ -152,8 +222,7 @@ def _fake_terms(sources: list[Tensor], locations: list[Tensor], *constants: Any)
     if plan.match_counts:
         index = new(index_size(sources[0].shape[0], plan.match_counts, plan.losses), dtype=torch.int64)
         results.append(index)
-    saved = backends.module(plan.backend).saved(plan, sources, index)
-    return [*results, *(new(shape, dtype=kind) for shape, kind in saved)]
+    return [*results, *_saved(plan, sources, index)]
 
 
 @torch.library.impl("vicreg_fast::gradient", "default")
@@ -165,9 +234,7 @@ def _gradient(
     needs: list[bool],
     *constants: Any,
 ) -> list[Tensor]:
-    plan = _resolved(constants, sources)
-    backend = backends.module(plan.backend)
-    return backend.gradient(plan, sources, match_index, saved, upstream, needs)  # type: ignore[no-any-return]
+    return _gradient_of(_resolved(constants, sources), sources, match_index, saved, upstream, needs)
 
 
 @torch.library.register_fake("vicreg_fast::gradient")  # type: ignore[untyped-decorator]
@@ -194,8 +261,7 @@ def _fake_match(queries: Tensor, candidates: Tensor, num_matches: int, backend: 
 
 @torch.library.impl("vicreg_fast::match_distances", "default")
 def _match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, backend: str) -> Tensor:
-    module = backends.module(_resolved_backend(backend, [queries, candidates]))
-    return module.match_distances(queries, candidates, matches)  # type: ignore[no-any-return]
+    return _match_distances_of(queries, candidates, matches, _resolved_backend(backend, [queries, candidates]))
 
 
 @torch.library.register_fake("vicreg_fast::match_distances")  # type: ignore[untyped-decorator]

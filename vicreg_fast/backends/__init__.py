@@ -12,7 +12,11 @@ from types import ModuleType
 
 import torch
 
+from . import kernel_failures
+
 BACKENDS = ("auto", "triton", "aten", "reference")
+# Devices on which "auto" is ATen without a look at Triton: its interpreter, which runs on them, is slow.
+_ALWAYS_ATEN = ("cpu",)
 # TF32 and bfloat16 matmuls need this compute capability.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -38,11 +42,43 @@ def _obstacle(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None
     return None
 
 
+@functools.cache
+def _import_failure() -> str | None:
+    """Why the kernels cannot be imported, where Triton is installed; None where they can."""
+    try:
+        module("triton")
+    except Exception as error:
+        # A module of this library that is missing is no fault of Triton.
+        if (
+            isinstance(error, ImportError)
+            and (error.name or "").partition(".")[0] == __name__.partition(".")[0]
+        ):
+            raise
+        return kernel_failures.describe(error)
+    return None
+
+
+def failure(device: torch.device) -> str | None:
+    """Why the kernels failed on a device that should run them; None where they did not, or should not."""
+    if device.type in _ALWAYS_ATEN or _obstacle(device, ()):
+        return None
+    return _import_failure() or kernel_failures.reasons.get(device)
+
+
 def resolve(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The backend that "auto" means for tensors of these types on a device; any other name is returned unchanged."""
+    """The backend "aten" for "auto" where kernels cannot run on tensors of these types on a device; any other name unchanged.
+
+    What remains "auto" means: the kernels, and ATen from the first of them that fails.  The answer is the same during the
+    whole process, whatever fails in it: what an operator saves was promised by it when the operator was traced.
+    """
     if backend != "auto":
         return backend
-    return "aten" if _obstacle(device, dtypes) else "triton"
+    if _obstacle(device, dtypes):
+        return "aten"
+    if reason := _import_failure():
+        kernel_failures.warn("", reason)
+        return "aten"
+    return "auto"
 
 
 def require(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
@@ -58,14 +94,16 @@ def choose(
     *,
     covariance: bool = True,
 ) -> str:
-    """The backend that a request means for inputs on a device: "aten", "triton" or "reference".
+    """The backend that a request means for inputs on a device: "aten", "triton" or "reference", or "auto" unchanged.
 
-    Traced code must not query a device, so "auto" and "triton" are returned unchanged there, and the operator resolves
-    them when it runs.  ``covariance=False`` means ATen: a variance alone is one reduction, with nothing to fuse.
+    "auto" then means: the kernels, and ATen from the first of them that fails.  Traced code must not query a device, so
+    "auto" and "triton" are returned unchanged there, and the operator resolves them when it runs.  ``covariance=False``
+    means ATen: a variance alone is one reduction, with nothing to fuse.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend needs one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "auto" and device.type == "cpu":
+    # Traced code is guarded by what has failed: it is traced again after a failure.
+    if backend == "auto" and (device.type in _ALWAYS_ATEN or device in kernel_failures.reasons):
         return "aten"
     if not torch.compiler.is_compiling():
         backend = resolve(backend, device, dtypes)
