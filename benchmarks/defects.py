@@ -34,8 +34,8 @@ SYNCHRONOUS: Exceptions = {
     ("splitk_reduction", "_chunk_means"): "many chunks at a time, from the cache",
     ("select_forward", "_nearest_of_blocks"): "many blocks at a time, and most often all: the loop runs once",
     ("narrow_gradient", "load_rows"): "Triton 3.6 makes no copy of what both a matmul and other arithmetic use",
-    ("vicregl_forward", "load_rows"): "few steps with full registers: with copies they spill",
-    ("vicregl_gradient", "load_rows"): "a loop of two steps, over the directions of matching",
+    ("vicregl_forward", "_load_columns"): "few steps with full registers: with copies they spill",
+    ("vicregl_gradient", "_load_columns"): "a loop of two steps, over the directions of matching",
     ("vicregl_gradient", "_match_set_gradient"): "a loop of two steps, over the directions of matching",
 }
 # The same, where the line has asynchronous copies too.

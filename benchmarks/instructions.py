@@ -69,16 +69,17 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_match_set_gradient": [_steps("D", "BLOCK_F")],
     "_vicregl_gradient_kernel": [lambda a: 2.0],  # directions
     "_scatter_backward_kernel": [lambda a: a["VIEWS"], _steps("m", "BLOCK_K")],
+    "_norms_of": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
     "_feature_tile": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
     "_match_forward_kernel": [_steps("P2", "BLOCK_C")],
     "_nearest_of_blocks": [_steps("blocks", "BLOCKS_AT_ONCE")],
-    "_select_forward_kernel": [_steps("P1", "BLOCK")],
+    "_select_forward_kernel": [_steps("P1", "BLOCK_COMPARED")],
     "_distance_forward_kernel": [_steps("C", "BLOCK_K")],
 }
 # Loops that are hardly ever entered: in one program, for rows that are not finite.  Instructions of theirs may stand in others.
 RARE = ("_sum_partials", "add_rows")
 # Loops that stand in a branch: their counts contain its share.
-IN_BRANCH = ("replace_diagonal", "_chunk_sums")
+IN_BRANCH = ("replace_diagonal", "_chunk_sums", "_feature_tile", "_norms_of")
 # By function and condition, as it is written, the share of programs in which it holds.
 BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("_moments_forward_kernel", "v % 2 == 1"): lambda a: 0.5,
@@ -91,6 +92,10 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("store_tile", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
     ("reduce_terms", "_arrives_last(partials.arrival_counter_ptr)"): lambda a: 1 / a["grid"],
     ("reduce_losses", "_arrives_last(counter_ptr)"): lambda a: 1 / a["grid"],
+    ("_match_forward_kernel", "kind == 0"): lambda a: 0.5,
+    # Of the two directions only that from y to x has several blocks.
+    ("_nearest_of_blocks", "blocks == 1"): lambda a: 0.5 if a["BOTH"] else 1.0,
+    ("_feature_tile", "not finite"): lambda a: 0.0,
     ("add_rows", "tl.sum(tl.sum(g * 0.0, 1), 0) != 0.0"): lambda a: 0.0,
 }
 
@@ -213,6 +218,10 @@ def parse(code: str) -> Code:
             regions[first] = max(regions.get(first, 0), position)
         elif first > position + 1:
             skipped.append(range(position + 1, first))
+    # Code that is entered from within a loop and stands behind it jumps back, and is no loop.
+    regions = {
+        first: last for first, last in regions.items() if not any(a < first <= z < last for a, z in regions.items())
+    }
     loops: list[Loop] = []
     for first, last in sorted(regions.items(), key=lambda region: region[1] - region[0]):  # inner loops first
         inner = {k for loop in loops for k in range(loop.first, loop.last + 1)}
@@ -233,6 +242,8 @@ def _branches(lines: list[list[str]], skipped: list[range]) -> list[set[Branch]]
     skipped code with nine tenths of the branch's own lines is all of the branch.
     """
     found = [{branch for line in source for branch in source_branches().get(line, ())} for source in lines]
+    if any(len(source) > 1 for source in lines):
+        return found
     of_branch: defaultdict[Branch, set[int]] = defaultdict(set)
     for position, own in enumerate(found):
         for branch in own:

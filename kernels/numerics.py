@@ -33,6 +33,18 @@ def round_to_format(c, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def split_in_two(a):
+    """(high, low), high + low = a: high is a rounded to TF32.  Of NaN or infinity low is NaN.
+
+    Three TF32 matmuls of the parts, of which the smallest is left out, are accurate to float32: error 2^-22 of a product.  Triton
+    does the same for "tf32x3", but splits operands after the threads of a matmul have read them, each several times.
+    """
+    bits = (a.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    high = bits.to(tl.float32, bitcast=True)
+    return high, a - high
+
+
+@triton.jit
 def to_storage(operand, FORMAT: tl.constexpr):
     """What is stored and multiplied for a rounded operand: float16 holds half of it, see round_to_format()."""
     return operand * 0.5 if FORMAT == "fp16" else operand

@@ -9,7 +9,7 @@ ones, 2 L m D operations an image and view, without atomics.  Letters and buffer
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format
+from .numerics import split_in_two
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def add_rows(out, g, n, m, index_ptr, stride, patch, FORMAT: tl.constexpr, DOT_P
         return tl.dot(ones, low, tl.dot(ones, high, out))
     ones = chosen.to(tl.float32)
     if DOT_PRECISION == "tf32x3":
-        high = round_to_format(g, "tf32")
+        high, low = split_in_two(g)
         out = tl.dot(ones, high, out, input_precision="tf32")
-        return tl.dot(ones, g - high, out, input_precision="tf32")
+        return tl.dot(ones, low, out, input_precision="tf32")
     return tl.dot(ones, g, out, input_precision=DOT_PRECISION)
 
 

@@ -4,7 +4,7 @@
     vhat = |o_d|^2 / (m - 1)
     dual    cov = (sum (o o')^2 / (m-1)^2 - sum vhat^2) / D      G = o o' / (m - 1)
     primal  cov = sum C0^2 / D                                   C0 = o'o / (m - 1), its diagonal zero
-    g = f_cov (G o - vhat o) + f_var c + f_inv (z - other)       f_cov o C0 on the primal side
+    g = f_inv (z - other) + f_var c + f_cov (G o - vhat o)       f_cov o C0 on the primal side
 
     f_cov and f_var are those of vicreg_backward.py divided by m - 1, f_inv by m.
 
@@ -31,6 +31,7 @@ from .numerics import (
     hinge_slope,
     round_matrix,
     round_to_format,
+    split_in_two,
     to_storage,
     undo_halves,
 )
@@ -194,8 +195,13 @@ def _vicregl_forward_kernel(
         tl.store(columns_ptr + d, lo, mask=inside)
         tl.store(squares_ptr + d, squares, mask=inside)
         if DUAL:
-            operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
-            gram = tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
+            if DOT_PRECISION == "tf32x3":  # made symmetric at the end: h h' + h l' + l h'
+                high, low = split_in_two(o)
+                gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
+                gram = tl.dot(high, tl.trans(low + low), gram, input_precision="tf32")
+            else:
+                operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
+                gram = tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
             wide = o.to(WIDE)
             row_sq_norms += tl.sum(wide * wide, 1)
             if FORMAT == "fp32":  # the operand is c
@@ -218,6 +224,8 @@ def _vicregl_forward_kernel(
         G_ptr = gram_ptr
         if gram_ptr is not None:
             G_ptr = gram_ptr + _gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
+        if DOT_PRECISION == "tf32x3":
+            gram = (gram + tl.trans(gram)) * 0.5
         degrees = m.to(tl.float64) - 1
         cov = (cov + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT)) / (degrees * degrees)
     at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
@@ -245,10 +253,19 @@ def _match_set_gradient(
     z, z_0 = _load_columns(source, row_0, rows, d, D, EVEN)
     columns_ptr += side * 3 * D
     inverse_degrees = divide(1.0, m - 1)
-    weight = (n < m).to(tl.float32)
     lo = tl.load(columns_ptr + d, mask=d < D, other=0.0)
+    weight = (n < m).to(tl.float32)
     c = tl.fma(-weight[:, None], lo[None, :], z - z_0[None, :])
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if upstream.inv_ptr is not None:
+        other_source = select_source(views, 2 * direction + (1 - side))
+        other_rows, other_row_0 = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
+        other, _ = _load_columns(other_source, other_row_0, other_rows, d, D, EVEN)
+        g = (z - other) * divide(tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, m)
+    if upstream.var_ptr is not None:
+        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var * inverse_degrees
+        slope = tl.load(columns_ptr + 2 * D + d, mask=d < D, other=0.0) * u
+        g = tl.fma(c, slope[None, :], g)
     if upstream.cov_ptr is not None:
         o = round_to_format(c, FORMAT)
         f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov * inverse_degrees
@@ -257,28 +274,19 @@ def _match_set_gradient(
             G_ptr = gram_ptr + (side * B + b) * m * m
             G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0)
             operand_v = tl.load(columns_ptr + D + d, mask=d < D, other=0.0)
-            g = tl.fma(o, -operand_v[None, :], tl.dot(G, o.to(LEFT), input_precision=DOT_PRECISION))
+            product = tl.dot(G, o.to(LEFT), o * -operand_v[None, :], input_precision=DOT_PRECISION)
         else:
+            product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             for first in range(0, D, BLOCK_F):
                 f = first + tl.arange(0, BLOCK_F)
                 o_f, C = _off_diagonal(
                     source, rows, row_0, f, o, d, weight, m, D, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION
                 )
                 C = round_matrix(C, FORMAT)
-                g = tl.dot(o_f.to(LEFT), C.to(LEFT), g, input_precision=DOT_PRECISION)
+                product = tl.dot(o_f.to(LEFT), C.to(LEFT), product, input_precision=DOT_PRECISION)
             if FORMAT == "fp16":
-                g *= 2.0  # of a half
-        g *= f_cov
-    if upstream.var_ptr is not None:
-        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var * inverse_degrees
-        slope = tl.load(columns_ptr + 2 * D + d, mask=d < D, other=0.0) * u
-        g = tl.fma(c, slope[None, :], g)
-    if upstream.inv_ptr is not None:
-        other_source = select_source(views, 2 * direction + (1 - side))
-        other_rows, other_row_0 = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
-        other, _ = _load_columns(other_source, other_row_0, other_rows, d, D, EVEN)
-        f_inv = divide(tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, m)
-        g = tl.fma(z - other, f_inv, g)
+                product *= 2.0  # of a half
+        g = tl.fma(product, f_cov, g)
     return g, index_ptr + side * B * m + b * m
 
 

@@ -195,7 +195,7 @@ def _local_gradient(warps: int, fp32_columns: int = 64) -> dict[str, Rows[LocalG
     many = Row(ANY, ANY, LocalGradient(32, 16, warps))
     middle = Row(32, 128, LocalGradient(128, 32, 8))
     # Of up to 64 and of more patches: the most columns that spill on neither Triton 3.6 nor 3.9.  float16 is of kind tf32.
-    columns = {"fp32": (fp32_columns, 16), "tf32": (32, 16), "half": (64, 32)}
+    columns = {"fp32": (fp32_columns, 32), "tf32": (64, 32), "half": (128, 64)}
     return {
         kind: (Row(32, 64, LocalGradient(64, few)), middle, Row(32, ANY, LocalGradient(256, more, 8)), many)
         for kind, (few, more) in columns.items()
@@ -216,11 +216,11 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
             name: (Row(ANY, ANY, NarrowGradient(32 if name == "fp32" else 64, 4, stages)),) for name in kinds
         },
         matching=_matching(stages, fp32, half),
-        # Two warps: what is computed once a column would be repeated by more threads.  The float64 squares of
-        # float32-accurate operands take more registers.
+        # One warp: sums over rows are of its own registers, and what is computed once a column is not repeated by other warps.
+        # The float64 squares of float32-accurate operands take more registers.
         local={
-            name: (Row(32, ANY, Local(block_d, 2)), Row(ANY, ANY, Local(16, 4)))
-            for name, block_d in (("fp32", 32), ("tf32", 64), ("half", 128))
+            name: (Row(32, ANY, Local(block_d, 1)), Row(ANY, ANY, Local(16, 4)))
+            for name, block_d in (("fp32", 16), ("tf32", 32), ("half", 64))
         },
         local_gradient=_local_gradient(fp32.warps),
     )

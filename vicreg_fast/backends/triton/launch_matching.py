@@ -14,8 +14,8 @@ from ..aten.nearest_patches import MAX_COORDINATES
 from .arguments import block_of, is_aligned, matmul_policy
 from .configs import Device, Key, Matching, choose, launch_options
 
-# Patches of a program of the selection, and blocks that it reads at a time.
-_SELECT_BLOCK, _BLOCKS_AT_ONCE = 64, 8
+# Patches of a program of the selection, the most that it compares them with at a time, and blocks that it reads at a time.
+_SELECT_BLOCK, _COMPARED, _BLOCKS_AT_ONCE = 64, 512, 8
 # Matches and channels at a time of a program of the distances.
 _DISTANCE_BLOCK_M, _DISTANCE_BLOCK_K = 16, 64
 
@@ -64,9 +64,8 @@ def match(
     nearest = None
     if not single_tile:
         size = kinds * B * (P1 + blocks * P2)
-        dtype = torch.float64 if float64 else torch.float32
         nearest = Nearest(
-            torch.empty(size, dtype=dtype, device=x.device),
+            torch.empty(size, dtype=torch.int64 if float64 else torch.int32, device=x.device),
             torch.empty(size, dtype=torch.int32, device=x.device),
         )
     x_location, y_location = (PatchMap(z, *z.stride()) for z in locations) if locations else (None, None)
@@ -74,7 +73,7 @@ def match(
         x=PatchMap(x, *x.stride()), y=PatchMap(y, *y.stride()), x_location=x_location, y_location=y_location,
         match_index_ptr=index, nearest=nearest, arrival_counter_ptr=counter, B=B, P1=P1, P2=P2, C=C, m1=m1, m2=m2,
         AXES=_axes(x), LOCATION_AXES=_axes(locations[0]) if locations else 0,
-        DISTANCE_TYPE=tl.float64 if float64 else tl.float32, NATIVE=chosen_by.kind == "half",
+        DISTANCE_TYPE=tl.float64 if float64 else tl.float32, EVEN=C % config.block_k == 0, NATIVE=chosen_by.kind == "half",
         DOT_PRECISION=matmul_policy(None, maps, device).exact_precision,
         BOTH=both, PATCH_ORDER=match_order == "patch", PER_SLOT=per_slot,
         BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=config.block_k,
@@ -84,8 +83,8 @@ def match(
         programs = -(-P1 // _SELECT_BLOCK) + (-(-P2 // _SELECT_BLOCK) if both else 0)
         patch_matching._select_forward_kernel[(kinds * B * programs,)](
             nearest=nearest, match_index_ptr=index, B=B, P1=P1, P2=P2, m1=m1, m2=m2, blocks=blocks,
-            BOTH=both, PER_SLOT=per_slot, BLOCK=_SELECT_BLOCK, BLOCKS_AT_ONCE=_BLOCKS_AT_ONCE,
-            **launch_options(device, warps=8),
+            BOTH=both, PER_SLOT=per_slot, BLOCK=_SELECT_BLOCK, BLOCK_COMPARED=block_of(max(P1, P2), _COMPARED),
+            BLOCKS_AT_ONCE=_BLOCKS_AT_ONCE, **launch_options(device, warps=4),
         )  # fmt: skip
         if match_order == "patch":
             _sort_by_query(index, B, counts, kinds, per_slot)
