@@ -12,19 +12,16 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 import triton
 from torch import Tensor
 
-from vicreg_fast.backends import triton_backend
-from vicreg_fast.plan import TWO_VIEWS, local_views
+from vicreg_fast.backends.triton import configs
 
-from . import cases, disassembly, instructions, resources, results, targets
+from . import cases, disassembly, instructions, kernel_pass, resources, results, targets
 from .cases import Case
 from .targets import duration
 
@@ -77,50 +74,23 @@ SHAPES = (
 
 
 class Launch(NamedTuple):
-    """A launch that the library would make: what is compiled, its arguments by name, and its programs."""
+    """A launch that the library would make: what is compiled, its arguments by name, its programs, and what came out."""
 
     variant: resources.Variant
     arguments: dict[str, Any]
     programs: int
+    compiled: Any = None  # None: not compiled yet
 
 
-def launches(case: Case, target: str) -> list[Launch]:
-    """Every launch of a step, on tensors without data."""
+def launches(case: Case, target: str, device: configs.Device | None = None) -> list[Launch]:
+    """Every launch of a step, on tensors without data; ``device``: what the target is taken for."""
     made: list[Launch] = []
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
         arguments = {**keywords, "grid": math.prod(grid)}
         made.append(Launch(resources.variant_of(kernel, keywords), arguments, math.prod(grid)))
 
-    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="cuda")
-
-    shape = case.shape
-    with ExitStack() as stack:
-        for context in resources.as_if_on(target, record):
-            stack.enter_context(context)
-        if "N" in shape:
-            plan = TWO_VIEWS._replace(precision=case.precision)
-            sources = [empty(1, shape["N"], shape["D"]) for _ in range(2)]
-            results = triton_backend.terms(plan, sources, None)
-            triton_backend.gradient(plan, sources, None, results[plan.outputs :], results[:3], [True, True])
-            return made
-        sources = [empty(shape["B"], P, shape["C"]) for P in shape["P"]]
-        if case.suite == "matching":
-            matches = triton_backend.match(sources, [], (shape["m"],), "distance", False)
-            triton_backend.match_distances(
-                sources[0], sources[1], matches.match_index.view(2, shape["B"], shape["m"])
-            )
-            return made
-        counts = (shape["m"][0], shape["m"][1])
-        plan = local_views(counts)._replace(precision=case.precision)
-        locations = [empty(shape["B"], P, 2, dtype=torch.float32) for P in shape["P"]]
-        matches = triton_backend.match(sources, locations, counts, "distance", False)
-        results = triton_backend.terms(plan, sources, matches)
-        upstream = [*results[:3]] * len(plan.group_sizes)
-        triton_backend.gradient(
-            plan, sources, matches.match_index, results[plan.outputs :], upstream, [True, True]
-        )
+    kernel_pass.make_without_data(case, target, record, device)
     return made
 
 
@@ -151,8 +121,8 @@ def _matmul(name: str, card: Card) -> tuple[float, float]:
 def kernel_record(launch: Launch, target: str) -> dict[str, Any]:
     """What is known of a launch, and its time by the model."""
     card, arguments, programs = CARDS[target], launch.arguments, launch.programs
-    compiled = resources.compile_for(launch.variant, target)
-    found = resources.examine(launch.variant, target)
+    compiled = launch.compiled or resources.compile_for(launch.variant, target)
+    found = resources.examine(launch.variant, target, compiled)
     text = disassembly.disassembled(compiled)
     code = instructions.parse(text)
     warps = launch.variant.options["num_warps"]

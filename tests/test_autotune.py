@@ -79,7 +79,6 @@ def test_a_search_finds_the_fastest_and_writes_it_down(requested: Path, timer: F
     lines = [json.loads(line) for line in requested.read_text().splitlines()]
     assert [line["key"][3] for line in lines] == ["moments", "gram", "gradient"]
     assert all(line["ms"] < line["table_ms"] for line in lines)
-    assert all(line["timed"] == 2 and line["left_out"] == {} for line in lines)
     # The next call, and the next process, search no more.
     count = len(timer.timed)
     gradient_of(x)

@@ -14,7 +14,6 @@ import json
 import os
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,9 +128,7 @@ def _search_missing(
 
 def _keep(key: configs.Key, trials: list[search.Trial]) -> None:
     """Use the fastest of the trials from now on, and append it to the file.  Warn of wrong results, which nothing explains."""
-    best, table = search.fastest(trials), trials[0]
-    assert best.seconds is not None
-    assert table.seconds is not None
+    best = search.fastest(trials)
     configs.tuned_configs[key] = best.config
     wrong = [trial for trial in trials if trial.reason is not None and trial.reason.startswith("wrong")]
     if wrong:
@@ -140,14 +137,15 @@ def _keep(key: configs.Key, trials: list[search.Trial]) -> None:
             f"{wrong[0].reason}",
             stacklevel=2,
         )
-    line = {
-        "key": key,
-        "config": best.config._asdict(),
-        "ms": 1e3 * best.seconds,
-        "table_ms": 1e3 * table.seconds,
-        "timed": sum(trial.seconds is not None for trial in trials),
-        "left_out": Counter((trial.reason or "").partition(":")[0] for trial in trials if trial.reason),
-    }
-    file().parent.mkdir(parents=True, exist_ok=True)
-    with file().open("a") as lines:
+    append(file(), key, best, trials[0])
+
+
+def append(path: Path, key: configs.Key, best: search.Trial, table: search.Trial) -> None:
+    """Append a row to a file: a key's best trial, and that of the table's configuration."""
+    assert best.time is not None
+    assert table.time is not None
+    ms, table_ms = 1e3 * best.time.median, 1e3 * table.time.median
+    line = {"key": key, "config": best.config._asdict(), "ms": ms, "table_ms": table_ms}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lines:
         lines.write(json.dumps(line) + "\n")

@@ -255,6 +255,25 @@ def interleaved(
     return times
 
 
+class Times(NamedTuple):
+    """Seconds of many rounds: the median, and what 20 % and 80 % of them do not exceed."""
+
+    median: float
+    q20: float
+    q80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        """Of these rounds."""
+        q20, *_, q80 = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [*seconds] * 4
+        return cls(median(seconds), q20, q80)
+
+    @classmethod
+    def sum(cls, times: Sequence["Times"]) -> "Times":
+        """Of kernels one after the other: sums of each."""
+        return cls(*map(sum, zip(*times, strict=True)))
+
+
 class KernelTime(NamedTuple):
     """A kernel of a pass and its seconds on the device: the median, and what 20 % and 80 % of the rounds do not exceed."""
 
@@ -281,8 +300,8 @@ def kernel_times(
         run()
     if timer is None:
         timer = GraphTimer(torch.device("cuda", torch.cuda.current_device()))
-    found = []
-    for launch, times in zip(launches, interleaved(launches, timer, effort), strict=True):
-        q20, *_, q80 = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        found.append(KernelTime(launch.name, math.prod(launch.grid), median(times), q20, q80, len(times)))
-    return found
+    rounds = interleaved(launches, timer, effort)
+    return [
+        KernelTime(launch.name, math.prod(launch.grid), *Times.of(seconds), len(seconds))
+        for launch, seconds in zip(launches, rounds, strict=True)
+    ]

@@ -9,7 +9,6 @@ A trial is timed only if its results agree with those of the table's configurati
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from triton.errors import TritonError
 
 from . import configs, launch_timing
 from .configs import Key
-from .launch_timing import Effort, Launch, Timer
+from .launch_timing import Effort, Launch, Timer, Times
 
 # The largest norm of the difference to the table's results, relative to that of the results.  Configurations add in other
 # orders.  Tensor cores truncate a sum by 0.3 of 2^-24 at each step of 8 or more, 1.5e-4 for the 2^16 elements that a program
@@ -28,11 +27,11 @@ TOLERANCE = 1e-3
 
 
 class Trial(NamedTuple):
-    """A configuration, and the seconds of its pass on the device; None, and the reason, where it was not timed."""
+    """A configuration, and the times of its pass on the device; None, and the reason, where it was not timed."""
 
     config: Any
-    seconds: float | None = None
-    kernels: tuple[tuple[str, float], ...] = ()  # the pass's kernels in order, each with its seconds
+    time: Times | None = None
+    kernels: tuple[tuple[str, Times], ...] = ()  # the pass's kernels in order
     reason: str | None = None
 
 
@@ -128,7 +127,7 @@ def search(
             configs.tuned_configs.pop(key, None)
         else:
             configs.tuned_configs[key] = before
-    return _timed(trials, made, timer, effort, before_each)
+    return timed(trials, made, timer, effort, before_each)
 
 
 def _objection(
@@ -141,10 +140,15 @@ def _objection(
     for name, count in spilled.items():
         if count:
             return f"{name} spills {count} registers"
+    return disagreement(actual, expected)
+
+
+def disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """How far results are from those of the table's configuration, where that is too far; None where they agree."""
     error = difference(actual, expected)
-    if not error <= TOLERANCE:
-        return f"wrong: {error:.1e} from the table's results, {TOLERANCE:.0e} allowed"
-    return None
+    if error <= TOLERANCE:
+        return None
+    return f"wrong: {error:.1e} from the table's results, {TOLERANCE:.0e} allowed"
 
 
 def _on_tensors_of(launch: Launch, others: Sequence[Launch]) -> Launch:
@@ -152,32 +156,41 @@ def _on_tensors_of(launch: Launch, others: Sequence[Launch]) -> Launch:
     return next((launch.with_tensors_of(other) for other in others if other.name == launch.name), launch)
 
 
-def _timed(
+def timed(
     trials: Sequence[Trial],
     made: dict[int, list[Launch]],
     timer: Timer,
     effort: Effort,
     before_each: Callable[[Any], None],
 ) -> list[Trial]:
-    """The trials with the times of those that were made."""
-    distinct: dict[Hashable, tuple[Launch, Any]] = {}
+    """The trials with their times; ``made``: the launches of those, by position, that are timed."""
+    owners: dict[Hashable, Any] = {}
+    distinct: dict[Hashable, Launch] = {}
     for position, launches in made.items():
         for launch in launches:
-            distinct.setdefault(launch.work, (launch, trials[position].config))
-    launches, owners = [launch for launch, _ in distinct.values()], [owner for _, owner in distinct.values()]
-    rounds = launch_timing.interleaved(launches, timer, effort, lambda index: before_each(owners[index]))
-    seconds = {work: median(times) for work, times in zip(distinct, rounds, strict=True)}
+            owners.setdefault(launch.work, trials[position].config)
+            distinct.setdefault(launch.work, launch)
+    configurations = list(owners.values())
+    rounds = launch_timing.interleaved(
+        list(distinct.values()), timer, effort, lambda index: before_each(configurations[index])
+    )
+    times = {work: Times.of(seconds) for work, seconds in zip(distinct, rounds, strict=True)}
     done = list(trials)
     for position, launches in made.items():
-        kernels = tuple((launch.name, seconds[launch.work]) for launch in launches)
-        done[position] = trials[position]._replace(seconds=sum(time for _, time in kernels), kernels=kernels)
+        kernels = tuple((launch.name, times[launch.work]) for launch in launches)
+        done[position] = trials[position]._replace(
+            time=Times.sum([time for _, time in kernels]), kernels=kernels
+        )
     return done
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
-    """The trial of the least time; the table's, the first, where none is faster."""
-    timed = [trial for trial in trials if trial.seconds is not None]
-    return min(timed, key=lambda trial: trial.seconds or math.inf)
+    """The trial of the least median; the table's, the first, unless their ranges of 20 to 80 % of the rounds lie apart."""
+    with_times = [(trial.time.median, trial) for trial in trials if trial.time is not None]
+    table, (_, best) = trials[0], min(with_times, key=lambda item: item[0])
+    assert table.time is not None
+    assert best.time is not None
+    return best if best.time.q80 < table.time.q20 else table
 
 
 def _first_line(error: Exception) -> str:
