@@ -15,6 +15,16 @@ def _folder(name: str) -> str:
     return name
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"needs a positive number of minutes, got {text!r}")
+    return minutes
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed and memory of VICReg losses: docs/benchmarks.md."
@@ -61,6 +71,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     estimate.add_argument("--shape", **several, help="(default: the shapes with a target on a GPU)")
     estimate.add_argument("--json", metavar="FILE", help="write the estimates there")
     estimate.add_argument("--against", metavar="FILE", help="a result of run: its times beside the estimates")
+    tune = commands.add_parser(
+        "tune",
+        help="search for the fastest block sizes of the kernels",
+        description="Compile candidates for every kernel of a shape, keep the best by the estimate, check and time each alone on "
+        "the GPU, and write rows for vicreg_fast/backends/triton/configs.py. Without a GPU it only compiles and estimates.",
+        epilog="exit status: 0, also where the time was over; 1 where a kernel could not be searched; 2 for a bad argument; "
+        "130 after Ctrl-C, which keeps what was found",
+    )
+    tune.add_argument("--shape", **several, help="(default: the shapes with a target on a GPU)")
+    tune.add_argument(
+        "--minutes", type=_minutes, default=8.0, metavar="M", help="at most (default: %(default)g)"
+    )
+    tune.add_argument("--out", type=_folder, metavar="DIR", help="(default: tuning)")
+    tune.add_argument("--target", choices=targets, help="without a GPU (default: cuda:90)")
     return parser, commands.choices
 
 
@@ -103,6 +127,15 @@ def _main(argv: Sequence[str]) -> int:
             command.error(f"{error}; Triton is needed, and pip install -e '.[benchmarks]'")
         try:
             return estimate.estimate(arguments.target, arguments.shape, arguments.json, arguments.against)
+        except ValueError as error:
+            command.error(str(error))
+    if arguments.command == "tune":
+        try:
+            from . import tune
+        except ImportError as error:
+            command.error(f"{error}; Triton is needed, and pip install -e '.[benchmarks]'")
+        try:
+            return tune.tune(arguments.shape, arguments.minutes, arguments.out, arguments.target)
         except ValueError as error:
             command.error(str(error))
     try:

@@ -158,22 +158,32 @@ def kernel_record(launch: Launch, target: str) -> dict[str, Any]:
     }
 
 
+def floor_microseconds(case: Case, card: Card) -> float:
+    """The roofline bound of a shape's step."""
+    part = "forward" if case.suite == "matching" else "both"
+    return float(1e6 * targets.roofline(case, card.ceilings)[part]["seconds"])
+
+
 def shape_record(name: str, target: str) -> dict[str, Any]:
     """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
     case = next(case for case in cases.CASES if case.name == name)
     kernels = [kernel_record(launch, target) for launch in launches(case, target)]
-    part = "forward" if case.suite == "matching" else "both"
-    floor = 1e6 * targets.roofline(case, CARDS[target].ceilings)[part]["seconds"]
+    floor = floor_microseconds(case, CARDS[target])
     total = sum(kernel["microseconds"] for kernel in kernels)
     record = {"shape": name, "target": target, "triton": triton.__version__, "microseconds": total}
     return record | {"floor_microseconds": floor, "share": floor / total, "kernels": kernels}
 
 
+def require_shapes(names: Sequence[str]) -> None:
+    """Raise ValueError for the name of a shape that no GPU measures."""
+    known = [case.name for case in cases.CASES if "cuda" in case.devices and case.suite != "distributed"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no shape {unknown[0]!r} on a GPU; known are {', '.join(known)}")
+
+
 def estimate(target: str, names: Sequence[str] | None, out: str | None, against: str | None) -> int:
     """Print and, with ``out``, write the estimates.  Returns the exit status; raises ValueError for an unusable argument."""
-    known = [case.name for case in cases.CASES if "cuda" in case.devices and case.suite != "distributed"]
-    if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"no shape {unknown[0]!r} on a GPU; known are {', '.join(known)}")
+    require_shapes(names or ())
     document = None if against is None else results.load(Path(against))
     card = CARDS[target]
     print(

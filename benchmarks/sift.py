@@ -18,7 +18,7 @@ from triton.runtime.jit import MockTensor
 from vicreg_fast.backends.triton import autotune, configs
 from vicreg_fast.backends.triton.configs import Device, Key
 
-from . import cases, estimate, kernel_pass, resources
+from . import cases, estimate, resources
 from .cases import Case
 from .estimate import Launch
 
@@ -58,8 +58,17 @@ class Outlook(NamedTuple):
     keys: tuple[tuple[Key, float], ...]  # microseconds with the tables' configurations
 
 
-def start_process() -> None:
-    """Hide every GPU from this process, and leave Ctrl-C to the one that started it."""
+LATE = "not compiled in time"
+_current: Any = None  # of this process: see start_process()
+
+
+def start_process(current: Any) -> None:
+    """Hide every GPU from this process, and leave Ctrl-C to the one that started it.
+
+    ``current``: the position of the key that is waited for, shared by all processes.
+    """
+    global _current
+    _current = current
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -72,18 +81,27 @@ def case_of(name: str) -> Case:
 def outlook(shape: str, goal: Goal) -> Outlook:
     """What tuning a shape may gain, by the estimate of its kernels with the tables' configurations."""
     keys: list[Key] = []
+    times: dict[str, float] = {}
 
     def collect(asked: list[Key], run: Any, values: Any) -> None:
         keys.extend(asked)
 
-    def ignore(*_: Any, **__: Any) -> None: ...
-
     with autotune.searching(collect):
-        kernel_pass.make_without_data(case_of(shape), goal.target, ignore, goal.device)
-    record = estimate.shape_record(shape, goal.target)
-    times = {kernel["kernel"]: kernel["microseconds"] for kernel in record["kernels"]}
+        launches = estimate.launches(case_of(shape), goal.target, goal.device)
+    for launch in launches:
+        compiled = compile_as_launched(launch, goal.target)
+        record = estimate.kernel_record(launch._replace(compiled=compiled), goal.target)
+        times[record["kernel"]] = times.get(record["kernel"], 0.0) + record["microseconds"]
+    share = estimate.floor_microseconds(case_of(shape), estimate.CARDS[goal.target]) / sum(times.values())
     longest = [(key, sum(times.get(name, 0.0) for name in _KERNELS[key.kernel])) for key in dict.fromkeys(keys)]
-    return Outlook(shape, record["share"], tuple(sorted(longest, key=lambda item: -item[1])))
+    return Outlook(shape, share, tuple(sorted(longest, key=lambda item: -item[1])))
+
+
+def sift_in_time(position: int, shape: str, goal: Goal, key: Key, group: Sequence[Any]) -> list[Verdict]:
+    """As :func:`sift`, unless a key after the one at this position is waited for already."""
+    if position < _current.value:
+        return [Verdict(config, None, LATE) for config in group]
+    return sift(shape, goal, key, group)
 
 
 def sift(shape: str, goal: Goal, key: Key, group: Sequence[Any]) -> list[Verdict]:
@@ -111,7 +129,7 @@ def _verdict(case: Case, goal: Goal, key: Key, config: Any) -> Verdict:
         if planned > found.ctas_per_sm:
             defects.append(f"{planned} CTAs on an SM planned, {found.ctas_per_sm} fit")
         if defects:
-            return Verdict(config, None, f"{launch.variant.name}: {defects[0]}")
+            return Verdict(config, None, f"defect: {launch.variant.name}: {defects[0]}")
         record = estimate.kernel_record(launch._replace(compiled=compiled), goal.target)
         microseconds += record["microseconds"]
     return Verdict(config, microseconds)
