@@ -12,16 +12,16 @@ from torch import Tensor
 
 from vicreg_fast.backends import triton_backend
 from vicreg_fast.backends.triton import configs
-from vicreg_fast.plan import TWO_VIEWS, Plan, local_views, problems
+from vicreg_fast.plan import TWO_VIEWS, Plan, local_views
 
 from . import resources
 from .cases import Case
 
 
 def make(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """One step on tensors as :meth:`Case.inputs` makes them: the losses and gradients, or squared distances of matches.
+    """One step on tensors as :meth:`Case.inputs` makes them.
 
-    Every loss of the shape has an upstream gradient of its own value, as nothing depends on it here.
+    The losses, unweighted, and the gradients of the sum of all their terms; or squared distances of matches.
     """
     if case.suite == "matching":
         x, y = inputs
@@ -30,7 +30,7 @@ def make(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [triton_backend.match_distances(x, y, matches.match_index.view(2, B, m)).square()]
     if "N" in case.shape:
         plan = TWO_VIEWS._replace(precision=case.precision)
-        return _terms_and_gradients(plan, [problems(z) for z in inputs], None)
+        return _terms_and_gradients(plan, inputs, None)
     x, y, *locations = inputs
     first, second = case.shape["m"]
     per_slot = case.shape["statistics"] == "slot"
@@ -41,8 +41,9 @@ def make(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _terms_and_gradients(plan: Plan, sources: Sequence[Tensor], matches: Any) -> list[Tensor]:
+    plan = plan._replace(weights=(1 / plan.groups_per_loss,) * 3)
     results = triton_backend.terms(plan, sources, matches)
-    upstream = [*results[:3]] * len(plan.group_sizes)
+    upstream = [torch.ones_like(results[0])] * (3 * len(plan.group_sizes))
     index = None if matches is None else matches.match_index
     kept = results[plan.outputs :]
     gradients = triton_backend.gradient(plan, sources, index, kept, upstream, [True] * len(sources))

@@ -5,10 +5,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from vicreg_fast.backends.triton.configs import LocalGradient
+from vicreg_fast.backends.triton.configs import NarrowGradient
 
-FATAL = LocalGradient(16, 16, warps=2)
-FASTEST = LocalGradient(16, 16, warps=1)
+FATAL = NarrowGradient(32, warps=8)
+FASTEST = NarrowGradient(32, warps=2)
 
 
 class MadeUpTimer:
@@ -17,7 +17,7 @@ class MadeUpTimer:
     def __init__(self, device: Any) -> None: ...
 
     def capture(self, launch: Any) -> Callable[[], float]:
-        warps = launch.arguments["num_warps"] if launch.name == "vicregl_gradient" else 0
+        warps = launch.arguments["num_warps"] if launch.name == "narrow_gradient" else 0
         if warps == FATAL.warps:
             os.kill(os.getpid(), signal.SIGKILL)
         return lambda: 1e-6 if warps == FASTEST.warps else 3e-6

@@ -1,159 +1,52 @@
-"""The sweep for block sizes: what it compiles and leaves out, what survives a crash, and what it writes.  All times are made up."""
+"""The sweep for block sizes: what survives a crash, what is timed in which order, and what is written.  All times are made up."""
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as command
 from vicreg_fast.backends.triton import configs
 from vicreg_fast.backends.triton.configs import Gradient, Key, Product
-
-pytest.importorskip("triton")
-pytest.importorskip("pandas")
-import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
-
-if not isinstance(tl.cdiv, InterpretedFunction):
-    pytest.skip("Triton is no interpreter in a run of the GPU's tests", allow_module_level=True)
-# Kernels are imported too, and their first import decides whether Triton interprets them in this process.
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", "1")
-    from benchmarks import __main__ as command
-    from benchmarks import sift, tune, tune_process
-    from benchmarks.tune_device import Failed, Next, Search, Together
-    from benchmarks.tune_process import DeviceProcess, Lost
 from vicreg_fast.backends.triton.launch_timing import Times
-from vicreg_fast.backends.triton.search import Trial
 
 from . import fake_device
+from .interpreted import import_interpreted
+
+pytest.importorskip("pandas")
+sift: Any = import_interpreted("benchmarks.sift")
+tune: Any = import_interpreted("benchmarks.tune")
+tune_process: Any = import_interpreted("benchmarks.tune_process")
+tune_device: Any = import_interpreted("benchmarks.tune_device")
+
+Trial = import_interpreted("vicreg_fast.backends.triton.search").Trial
 
 GOAL = sift.Goal("cuda:90", configs.Device("sm90", 132))
-SHAPE = "vicregl-2x4x8-m2-highest"
+SHAPE = "8x16-highest"
 KEY = Key("sm90", 132, True, "gradient", "tf32", 2, 256, 8192)
 GRAM = KEY._replace(kernel="gram")
 TABLE = configs.from_table(KEY)
 A, B, C = Gradient(64, 64, 32), Gradient(64, 128, 32), Gradient(128, 64, 32)
 
 
-# -- compilation and estimates --------------------------------------------------------------------------------------
-
-SIFTED = """
-import json
-import torch
-from benchmarks import estimate, sift
-from vicreg_fast.backends.triton import configs
-
-goal = sift.Goal("cuda:90", configs.Device("sm90", 66))
-shape = "matching-64x196x384-m20-bf16"
-outlook = sift.outlook(shape, goal)
-print(json.dumps([outlook.shape, outlook.share, [[key, time] for key, time in outlook.keys]]))
-((key, _),) = outlook.keys
-table = configs.from_table(key)
-found = sift.sift(shape, goal, key, [table, table._replace(block_k=48)])
-print(json.dumps([[verdict.config, verdict.microseconds, verdict.reason] for verdict in found]))
-print(len(configs.tuned_configs))
-
-# What is compiled for tensors without data is what a launch on real ones takes from the cache.
-launch = estimate.launches(sift.case_of(shape), goal.target, goal.device)[1]
-def real(value):
-    if isinstance(value, torch.Tensor):
-        return torch.empty(16, dtype=value.dtype)
-    return type(value)(*map(real, value)) if isinstance(value, tuple) else value
-arguments = {name: real(value) for name, value in launch.arguments.items() if name != "grid"}
-compiled = sift.compile_as_launched(launch, goal.target)
-print(compiled.hash == launch.variant.kernel.run(grid=(1,), warmup=True, **arguments).hash)
-"""
-
-
-def test_candidates_are_compiled_as_launched_and_estimated() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SIFTED],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    outlook, verdicts, tuned, same = map(json.loads, done.stdout.replace("True", "true").splitlines())
-    shape, share, keys = outlook
-    ((key, time),) = keys
-    assert (shape, 0 < share < 1) == ("matching-64x196x384-m20-bf16", True)
-    assert key[:4] == ["sm90", 66, True, "matching"]
-    (_, in_table, no_reason), (_, invalid, error) = verdicts
-    assert (in_table, no_reason) == (pytest.approx(time), None)
-    assert (invalid, error.partition(": ")[0]) == (None, "does not compile")
-    assert tuned == 0
-    assert same is True
-
-
-@pytest.mark.parametrize(
-    ("config", "defects", "reason"),
-    [
-        (Product(64, 32, ctas_per_sm=2), (), None),
-        (Product(64, 32, ctas_per_sm=3), (), "defect: gram_forward: 3 CTAs on an SM planned, 2 fit"),
-        (Product(64, 32, ctas_per_sm=2), ("8 bytes spilled",), "defect: gram_forward: 8 bytes spilled"),
-    ],
-    ids=["fits", "crowded", "spills"],
-)
-def test_a_kernel_with_a_defect_is_left_out(
-    config: Any, defects: tuple[str, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three kernels, two depend on the configuration; what the compiler finds is made up."""
-    names = ("moments_forward", "gram_forward", "splitk_reduction")
-    made = [SimpleNamespace(variant=SimpleNamespace(name=name), _replace=lambda **_: None) for name in names]
-    found = SimpleNamespace(defects=defects, ctas_per_sm=2)
-    monkeypatch.setattr(sift, "_launches_with", lambda *_: made)
-    monkeypatch.setattr(sift, "compile_as_launched", lambda *_: None)
-    monkeypatch.setattr(sift.resources, "examine", lambda *_: found)
-    monkeypatch.setattr(sift.estimate, "kernel_record", lambda *_: {"microseconds": 3.0})
-    (verdict,) = sift.sift("256x8192-high", GOAL, GRAM, [config])
-    assert verdict == sift.Verdict(config, 6.0 if reason is None else None, reason)
-
-
-def test_candidates_of_one_kernel_are_one_group() -> None:
-    products = [Product(64, 32, 4, 3, 1), Product(64, 32, 4, 2, 1), Product(64, 32, 4, 3, 4)]
-    assert sift.groups(products) == [[products[0], products[2]], [products[1]]]
-    assert sift.groups([A, B]) == [[A], [B]]
-
-
-def test_the_best_by_the_estimate_are_kept_in_their_order() -> None:
-    verdicts = [
-        sift.Verdict(A, 3.0),
-        sift.Verdict(B, None, "defect: no"),
-        sift.Verdict(C, 2.0),
-        sift.Verdict(TABLE, 2.0),
-    ]
-    assert [verdict.config for verdict in sift.best(verdicts, 2)] == [C, TABLE]
-
-
-def test_a_key_that_is_no_longer_waited_for_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sift, "_current", multiprocessing.get_context("spawn").Value("i", 3))
-    monkeypatch.setattr(sift, "sift", lambda *_: [sift.Verdict(A, 1.0)])
-    assert sift.sift_in_time(2, SHAPE, GOAL, KEY, [A]) == [sift.Verdict(A, None, "not compiled in time")]
-    assert sift.sift_in_time(3, SHAPE, GOAL, KEY, [A]) == [sift.Verdict(A, 1.0)]
-
-
 # -- the process of the device --------------------------------------------------------------------------------------
 
 
 def test_a_candidate_that_ends_the_process_is_recorded_and_the_others_are_timed() -> None:
-    process = DeviceProcess(fake_device.serve)
+    process = tune_process.DeviceProcess(fake_device.serve)
     try:
         goal = process.start()
-        key = Key(*goal.device, False, "local_gradient", "fp32", 2, 2, 4)
+        key = Key(*goal.device, True, "narrow_gradient", "fp32", 2, 8, 16)
         tried = [fake_device.FATAL, fake_device.FASTEST]
         trials, error = tune.time_candidates(process, SHAPE, key, tried, 0.01, time.monotonic() + 100)
-        together = process.ask(Together(SHAPE, {key: fake_device.FASTEST}, 0.01), time.monotonic() + 100)
-        unknown = process.ask(Search("4x4", key, (), 0.01), time.monotonic() + 100)
+        together = process.ask(
+            tune_device.Together(SHAPE, {key: fake_device.FASTEST}, 0.01), time.monotonic() + 100
+        )
+        unknown = process.ask(tune_device.Search("4x4", key, (), 0.01), time.monotonic() + 100)
     finally:
         process.stop()
     assert error is None
@@ -161,12 +54,12 @@ def test_a_candidate_that_ends_the_process_is_recorded_and_the_others_are_timed(
     table, fastest, fatal = trials
     assert table.config == configs.from_table(key)
     assert (fastest.config, fastest.time.median) == (fake_device.FASTEST, 1e-6)
-    assert [name for name, _ in fastest.kernels] == ["vicregl_gradient"]
+    assert [name for name, _ in fastest.kernels] == ["narrow_gradient"]
     assert (fatal.config, fatal.time) == (fake_device.FATAL, None)
     assert fatal.reason == "crashed: the process was ended by SIGKILL"
     # The whole step: three kernels of 3 us, of which the rows make one faster.
     assert [trial.time.median for trial in together] == pytest.approx([9e-6, 7e-6])
-    assert unknown == Failed("StopIteration: ", device=False)
+    assert unknown == tune_device.Failed("StopIteration: ", device=False)
 
 
 class FakeProcess:
@@ -184,39 +77,41 @@ class FakeProcess:
 
 
 @pytest.fixture
-def silent() -> Iterator[tuple[DeviceProcess, Any, FakeProcess]]:
+def silent() -> Iterator[tuple[tune_process.DeviceProcess, Any, FakeProcess]]:
     """A process that was started, the other end of its connection, and its stand-in."""
     ours, theirs = multiprocessing.Pipe()
-    process: Any = DeviceProcess()
+    process: Any = tune_process.DeviceProcess()
     process._connection, process._process = ours, FakeProcess()
     yield process, theirs, process._process
     theirs.close()
 
 
 def test_a_process_that_is_silent_is_ended_and_its_last_configuration_blamed(
-    silent: tuple[DeviceProcess, Any, FakeProcess], monkeypatch: pytest.MonkeyPatch
+    silent: tuple[tune_process.DeviceProcess, Any, FakeProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, theirs, fake = silent
     monkeypatch.setattr(tune_process, "_SILENCE", 0.05)
-    theirs.send(Next(A))
-    answer = process.ask(Search(SHAPE, KEY, (A,), 1.0), time.monotonic() + 10)
-    assert answer == Lost(A, "no answer in 0 s", in_time=True)
+    theirs.send(tune_device.Next(A))
+    answer = process.ask(tune_device.Search(SHAPE, KEY, (A,), 1.0), time.monotonic() + 10)
+    assert answer == tune_process.Lost(A, "no answer in 0 s", in_time=True)
     assert fake.killed
 
 
-def test_nobody_is_blamed_where_the_time_is_over(silent: tuple[DeviceProcess, Any, FakeProcess]) -> None:
+def test_nobody_is_blamed_where_the_time_is_over(
+    silent: tuple[tune_process.DeviceProcess, Any, FakeProcess],
+) -> None:
     process, theirs, fake = silent
-    theirs.send(Next(A))
-    answer = process.ask(Search(SHAPE, KEY, (A,), 1.0), time.monotonic() + 0.05)
-    assert answer == Lost(A, "no time left", in_time=False)
+    theirs.send(tune_device.Next(A))
+    answer = process.ask(tune_device.Search(SHAPE, KEY, (A,), 1.0), time.monotonic() + 0.05)
+    assert answer == tune_process.Lost(A, "no time left", in_time=False)
     assert fake.killed
 
 
-def test_a_failed_device_ends_its_process(silent: tuple[DeviceProcess, Any, FakeProcess]) -> None:
+def test_a_failed_device_ends_its_process(silent: tuple[tune_process.DeviceProcess, Any, FakeProcess]) -> None:
     process, theirs, fake = silent
-    theirs.send(Next(B))
-    theirs.send(Failed("an illegal memory access", device=True))
-    assert process.ask(Search(SHAPE, KEY, (B,), 1.0), time.monotonic() + 10) == Lost(
+    theirs.send(tune_device.Next(B))
+    theirs.send(tune_device.Failed("an illegal memory access", device=True))
+    assert process.ask(tune_device.Search(SHAPE, KEY, (B,), 1.0), time.monotonic() + 10) == tune_process.Lost(
         B, "an illegal memory access"
     )
     assert fake.killed
@@ -247,12 +142,12 @@ def trial(config: Any, seconds: float) -> Trial:
 
 
 def test_time_that_is_over_is_not_a_crash() -> None:
-    device: Any = Device(Lost(A, "no time left", in_time=False))
+    device: Any = Device(tune_process.Lost(A, "no time left", in_time=False))
     assert tune.time_candidates(device, SHAPE, KEY, [A], 1.0, 0.0) == ([], "no time left")
 
 
 def test_a_table_that_crashes_is_an_error() -> None:
-    device: Any = Device(Lost(TABLE, "an illegal memory access"))
+    device: Any = Device(tune_process.Lost(TABLE, "an illegal memory access"))
     assert tune.time_candidates(device, SHAPE, KEY, [A], 1.0, 0.0) == ([], "an illegal memory access")
 
 
@@ -320,7 +215,7 @@ def test_a_sweep_times_the_best_candidates_and_writes_rows(
         [trial(TABLE, 5e-5), trial(A, 4e-5), Trial(B, reason="wrong: by far")],
         [trial(table, 2e-5), trial(Product(32, 16), 3e-5)],
         [trial(None, 9e-5), trial(None, 8e-5)],
-        Failed("ValueError: no", device=False),
+        tune_device.Failed("ValueError: no", device=False),
     )
     # The least share of the bound first; within a shape the longest kernel first.
     asked = [(job.shape, getattr(job, "key", None) and job.key.kernel) for job in device.asked]

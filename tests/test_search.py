@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vicreg_fast.backends import kernel_failures
 from vicreg_fast.backends.triton import configs
 from vicreg_fast.backends.triton.configs import Gradient, Key, Local, Moments, Product
 from vicreg_fast.plan import Matches
@@ -211,6 +212,18 @@ def test_an_illegal_access_ends_the_search(
         fake_pass.search(A, B)
     assert fake_pass.tried == [TABLE, A]
     assert configs.tuned_configs == {}
+
+
+def test_a_failed_device_is_no_reason_for_another_backend(
+    fake_pass: FakePass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zeros(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(search.DeviceError) as caught:
+        fake_pass.search(A)
+    assert not kernel_failures.caused_by_kernels(caught.value)
 
 
 def test_any_other_error_is_raised(fake_pass: FakePass) -> None:
