@@ -50,12 +50,23 @@ class Verdict(NamedTuple):
     reason: str | None = None
 
 
+class Table(NamedTuple):
+    """A key, and what its kernels are with the table's configuration: microseconds by the model, and defects.
+
+    A defect of the table's own is no reason against a candidate.
+    """
+
+    key: Key
+    microseconds: float
+    defects: tuple[str, ...]
+
+
 class Outlook(NamedTuple):
-    """A shape's keys with the estimate of their kernels, the longest first, and the share of the roofline bound."""
+    """A shape's keys, those with the longest kernels first, and the share of the roofline bound by the estimate."""
 
     shape: str
     share: float
-    keys: tuple[tuple[Key, float], ...]  # microseconds with the tables' configurations
+    tables: tuple[Table, ...]
 
 
 LATE = "not compiled in time"
@@ -82,6 +93,7 @@ def outlook(shape: str, goal: Goal) -> Outlook:
     """What tuning a shape may gain, by the estimate of its kernels with the tables' configurations."""
     keys: list[Key] = []
     times: dict[str, float] = {}
+    defects: dict[str, tuple[str, ...]] = {}
 
     def collect(asked: list[Key], run: Any, values: Any) -> None:
         keys.extend(asked)
@@ -91,40 +103,46 @@ def outlook(shape: str, goal: Goal) -> Outlook:
     for launch in launches:
         compiled = compile_as_launched(launch, goal.target)
         record = estimate.kernel_record(launch._replace(compiled=compiled), goal.target)
-        times[record["kernel"]] = times.get(record["kernel"], 0.0) + record["microseconds"]
+        name = launch.variant.name
+        times[name] = times.get(name, 0.0) + record["microseconds"]
+        defects[name] = resources.examine(launch.variant, goal.target, compiled).defects
     share = estimate.floor_microseconds(case_of(shape), estimate.CARDS[goal.target]) / sum(times.values())
-    longest = [(key, sum(times.get(name, 0.0) for name in _KERNELS[key.kernel])) for key in dict.fromkeys(keys)]
-    return Outlook(shape, share, tuple(sorted(longest, key=lambda item: -item[1])))
+    tables = []
+    for key in dict.fromkeys(keys):
+        own = [name for name in _KERNELS[key.kernel] if name in times]
+        found = [defect for name in own for defect in defects[name]]
+        tables.append(Table(key, sum(times[name] for name in own), tuple(found)))
+    return Outlook(shape, share, tuple(sorted(tables, key=lambda table: -table.microseconds)))
 
 
-def sift_in_time(position: int, shape: str, goal: Goal, key: Key, group: Sequence[Any]) -> list[Verdict]:
+def sift_in_time(position: int, shape: str, goal: Goal, table: Table, group: Sequence[Any]) -> list[Verdict]:
     """As :func:`sift`, unless a key after the one at this position is waited for already."""
     if position < _current.value:
         return [Verdict(config, None, LATE) for config in group]
-    return sift(shape, goal, key, group)
+    return sift(shape, goal, table, group)
 
 
-def sift(shape: str, goal: Goal, key: Key, group: Sequence[Any]) -> list[Verdict]:
+def sift(shape: str, goal: Goal, table: Table, group: Sequence[Any]) -> list[Verdict]:
     """The verdict on each configuration of a group, all of which compile to the same kernel."""
     verdicts = []
     for config in group:
         try:
-            verdicts.append(_verdict(case_of(shape), goal, key, config))
+            verdicts.append(_verdict(case_of(shape), goal, table, config))
         except Exception as error:  # of the compiler, which raises several kinds
             reason = f"does not compile: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             verdicts.append(Verdict(config, None, reason))
     return verdicts
 
 
-def _verdict(case: Case, goal: Goal, key: Key, config: Any) -> Verdict:
-    own, microseconds = _KERNELS[key.kernel], 0.0
-    for launch in _launches_with(case, goal, key, config):
+def _verdict(case: Case, goal: Goal, table: Table, config: Any) -> Verdict:
+    own, microseconds = _KERNELS[table.key.kernel], 0.0
+    for launch in _launches_with(case, goal, table.key, config):
         # Every launch, because a configuration may also change what other kernels are compiled for.
         compiled = compile_as_launched(launch, goal.target)
         if launch.variant.name not in own:
             continue
         found = resources.examine(launch.variant, goal.target, compiled)
-        defects = list(found.defects)
+        defects = [defect for defect in found.defects if defect not in table.defects]
         planned = getattr(config, "ctas_per_sm", 1) if launch.variant.name != "splitk_reduction" else 1
         if planned > found.ctas_per_sm:
             defects.append(f"{planned} CTAs on an SM planned, {found.ctas_per_sm} fit")

@@ -33,7 +33,7 @@ from vicreg_fast.backends.triton.search import Trial
 from . import estimate, machine, resources, sift
 from .sift import Goal, Outlook, Verdict
 from .tune_device import Failed, Search, Together
-from .tune_process import DeviceProcess, Lost
+from .tune_process import NO_TIME, DeviceProcess, Lost
 from .tune_results import Found, Writer, step_record
 
 BEST = 24
@@ -48,8 +48,7 @@ class Task(NamedTuple):
     """A key of a shape, and its candidates in groups that compile to one kernel each, with the answers to come."""
 
     shape: str
-    key: Key
-    table_estimate: float
+    table: sift.Table
     pending: list[tuple[list[Any], "AsyncResult[list[Verdict]]"]]
     last_of_shape: bool
 
@@ -58,16 +57,16 @@ class Sweep:
     """A run of the command: its processes, its time and its folder."""
 
     def __init__(
-        self, shapes: Sequence[str], minutes: float, writer: Writer, goal: Goal, device: DeviceProcess | None,
+        self, shapes: Sequence[str], end: float, writer: Writer, goal: Goal, device: DeviceProcess | None,
         processes: int,
     ) -> None:  # fmt: skip
         self._shapes, self._writer, self._goal, self._device = shapes, writer, goal, device
-        self._end = time.monotonic() + 60 * minutes - _RESERVE
+        self._end = end - _RESERVE
         context = multiprocessing.get_context("spawn")
         # The position of the key that is waited for: groups of earlier keys are no longer compiled.
         self._current = context.Value("i", 0)
         self._pool = context.Pool(processes, sift.start_process, (self._current,))
-        self.errors = 0
+        self.errors, self._late = 0, False  # late: something was left out because the time was over
 
     def run(self) -> None:
         """Search until all is done or the time is over."""
@@ -75,21 +74,26 @@ class Sweep:
         rows: dict[Key, Any] = {}
         for position, task in enumerate(tasks):
             if self._left() <= 0:
-                names = ", ".join(f"{late.shape} {late.key.kernel}" for late in tasks[position:])
-                print(f"no time left for {names}", flush=True)
+                names = ", ".join(f"{late.shape} {late.table.key.kernel}" for late in tasks[position:])
+                print(f"{NO_TIME} for {names}", flush=True)
                 return
             self._current.value = position
             found = self._search(task, self._left() / (len(tasks) - position))
             self._writer.add(found)
-            self.errors += found.error is not None
+            self._count(found.error)
             print(found.summary(), flush=True)
             if found.status == "timed" and found.best is not found.trials[0]:
-                rows[task.key] = found.best.config
+                rows[task.table.key] = found.best.config
             if task.last_of_shape:
                 self._time_together(task.shape, rows)
                 rows = {}
-        self._writer.document["complete"] = self.errors == 0
+        self._writer.document["complete"] = self.errors == 0 and not self._late
         self._writer.save()
+
+    def _count(self, error: str | None) -> None:
+        """Count an error; that the time is over is none."""
+        self._late |= error == NO_TIME
+        self.errors += error not in (None, NO_TIME)
 
     def close(self) -> None:
         """End all processes."""
@@ -109,21 +113,23 @@ class Sweep:
             try:
                 outlooks.append(answer.get(max(0.0, until - time.monotonic())))
             except multiprocessing.TimeoutError:
-                print(f"{shape}: no time left to compile the tables' own configurations", flush=True)
-                self.errors += 1
+                print(f"{shape}: the tables' own configurations were not compiled in time", flush=True)
+                self._count(NO_TIME)
             except Exception as error:  # of the compiler, which raises several kinds
                 print(f"{shape}: the tables' own configurations: {type(error).__name__}: {error}", flush=True)
-                self.errors += 1
+                self._count(str(error))
         tasks: list[Task] = []
         for outlook in sorted(outlooks, key=lambda outlook: outlook.share):
-            for count, (key, microseconds) in enumerate(outlook.keys, start=1):
-                groups = sift.groups(candidates.candidates(key))
-                pending = [(group, self._sift(len(tasks), outlook.shape, key, group)) for group in groups]
-                tasks.append(Task(outlook.shape, key, microseconds, pending, count == len(outlook.keys)))
+            for count, table in enumerate(outlook.tables, start=1):
+                groups = sift.groups(candidates.candidates(table.key))
+                pending = [(group, self._sift(len(tasks), outlook.shape, table, group)) for group in groups]
+                tasks.append(Task(outlook.shape, table, pending, count == len(outlook.tables)))
         return tasks
 
-    def _sift(self, position: int, shape: str, key: Key, group: list[Any]) -> "AsyncResult[list[Verdict]]":
-        return self._pool.apply_async(sift.sift_in_time, (position, shape, self._goal, key, group))
+    def _sift(
+        self, position: int, shape: str, table: sift.Table, group: list[Any]
+    ) -> "AsyncResult[list[Verdict]]":
+        return self._pool.apply_async(sift.sift_in_time, (position, shape, self._goal, table, group))
 
     def _search(self, task: Task, share: float) -> Found:
         """Wait for the compiler, then time the best candidates.  ``share``: the seconds of this key."""
@@ -134,9 +140,10 @@ class Sweep:
                 verdicts += answer.get(max(0.0, until - time.monotonic()))
             except multiprocessing.TimeoutError:
                 verdicts += [Verdict(config, None, sift.LATE) for config in group]
-        table = configs.from_table(task.key)
+        key = task.table.key
+        table = configs.from_table(key)
         estimates = {v.config: v.microseconds for v in verdicts if v.microseconds is not None}
-        estimates[table] = task.table_estimate
+        estimates[table] = task.table.microseconds
         best = [verdict.config for verdict in sift.best(verdicts, BEST)]
         others = [
             Trial(v.config, reason=v.reason or "slower by the estimate")
@@ -145,10 +152,10 @@ class Sweep:
         ]
         if self._device is None:
             trials = [Trial(table), *map(Trial, best), *others]
-            return Found(task.shape, task.key, trials, estimates)
+            return Found(task.shape, key, trials, estimates)
         seconds = min(_LONGEST_TIMING, _TIMING * share)
-        trials, error = time_candidates(self._device, task.shape, task.key, best, seconds, self._end)
-        return Found(task.shape, task.key, [*trials, *others] if trials else [], estimates, error)
+        trials, error = time_candidates(self._device, task.shape, key, best, seconds, self._end)
+        return Found(task.shape, key, [*trials, *others] if trials else [], estimates, error)
 
     def _time_together(self, shape: str, rows: dict[Key, Any]) -> None:
         """Time a shape's step with the rows, if there are any."""
@@ -158,7 +165,7 @@ class Sweep:
         lost = isinstance(answer, (Failed, Lost))
         record = step_record(shape, [] if lost else answer, answer.reason if lost else None)
         self._writer.add_step(record)
-        self.errors += record["status"] == "error"
+        self._count(record["reason"])
 
 
 def time_candidates(
@@ -186,6 +193,7 @@ def tune(
     start_device: Callable[[], DeviceProcess] = DeviceProcess,
 ) -> int:  # fmt: skip
     """Search, write and print.  Returns the exit status; raises ValueError for an unusable argument."""
+    end = time.monotonic() + 60 * minutes
     names = list(dict.fromkeys(names or estimate.SHAPES))
     estimate.require_shapes(names)
     has_gpu = torch.cuda.is_available()
@@ -193,8 +201,14 @@ def tune(
         raise ValueError(f"--target is for a machine without a GPU, got {target} on one with a GPU")
     device = start_device() if has_gpu else None
     target = target or "cuda:90"
-    goal = Goal(target, resources.device_of(target)) if device is None else device.start()
+    try:
+        goal = Goal(target, resources.device_of(target)) if device is None else device.start()
+    except RuntimeError as error:
+        print(f"python -m benchmarks tune: {error}", file=sys.stderr)
+        return 1
     if goal.target not in resources.SHARED_MEMORY:
+        if device is not None:
+            device.stop()
         raise ValueError(f"the estimate knows {', '.join(resources.SHARED_MEMORY)}, not {goal.target}")
     about = machine.machine(machine.device(None))
     writer = Writer(Path(out or "tuning"), {
@@ -205,7 +219,7 @@ def tune(
     writer.start()
     if not has_gpu:
         print(f"no GPU: candidates are compiled for {goal.target} and ranked by the estimate; nothing is timed")
-    sweep = Sweep(names, minutes, writer, goal, device, max(1, (os.cpu_count() or 2) - 1))
+    sweep = Sweep(names, end, writer, goal, device, max(1, (os.cpu_count() or 2) - 1))
     try:
         sweep.run()
         status = 1 if sweep.errors else 0

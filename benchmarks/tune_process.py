@@ -13,6 +13,7 @@ from .tune_device import Failed, Next, Search, Together, serve
 # The longest time without an announcement: to compile one candidate takes up to five seconds, and on a busy machine ten
 # times that.  A kernel that takes longer hangs.
 _SILENCE = 60.0
+NO_TIME = "no time left"
 _START = 120.0  # to import torch and to set up a device
 
 
@@ -61,7 +62,7 @@ class DeviceProcess:
                 if left <= 0 or not self._connection.poll(min(left, _SILENCE)):
                     in_time = left > _SILENCE
                     self.stop()
-                    return Lost(last, f"no answer in {_SILENCE:.0f} s" if in_time else "no time left", in_time)
+                    return Lost(last, f"no answer in {_SILENCE:.0f} s" if in_time else NO_TIME, in_time)
                 message = self._connection.recv()
                 if isinstance(message, Next):
                     last = message.config

@@ -34,10 +34,10 @@ from vicreg_fast.backends.triton import configs
 goal = sift.Goal("cuda:90", configs.Device("sm90", 66))
 shape = "matching-64x196x384-m20-bf16"
 outlook = sift.outlook(shape, goal)
-print(json.dumps([outlook.shape, outlook.share, [[key, time] for key, time in outlook.keys]]))
-((key, _),) = outlook.keys
-table = configs.from_table(key)
-found = sift.sift(shape, goal, key, [table, table._replace(block_k=48)])
+print(json.dumps([outlook.shape, outlook.share, outlook.tables]))
+(known,) = outlook.tables
+table = configs.from_table(known.key)
+found = sift.sift(shape, goal, known, [table, table._replace(block_k=48)])
 print(json.dumps([[verdict.config, verdict.microseconds, verdict.reason] for verdict in found]))
 print(len(configs.tuned_configs))
 
@@ -65,7 +65,8 @@ def test_candidates_are_compiled_as_launched_and_estimated() -> None:
     assert done.returncode == 0, done.stderr
     outlook, verdicts, tuned, same = map(json.loads, done.stdout.replace("True", "true").splitlines())
     shape, share, keys = outlook
-    ((key, time),) = keys
+    ((key, time, defects),) = keys
+    assert defects == []
     assert (shape, 0 < share < 1) == ("matching-64x196x384-m20-bf16", True)
     assert key[:4] == ["sm90", 66, True, "matching"]
     (_, in_table, no_reason), (_, invalid, error) = verdicts
@@ -78,7 +79,7 @@ def test_candidates_are_compiled_as_launched_and_estimated() -> None:
 @pytest.mark.parametrize(
     ("config", "defects", "reason"),
     [
-        (Product(64, 32, ctas_per_sm=2), (), None),
+        (Product(64, 32, ctas_per_sm=2), ("the table's own",), None),
         (Product(64, 32, ctas_per_sm=3), (), "defect: gram_forward: 3 CTAs on an SM planned, 2 fit"),
         (Product(64, 32, ctas_per_sm=2), ("8 bytes spilled",), "defect: gram_forward: 8 bytes spilled"),
     ],
@@ -95,7 +96,8 @@ def test_a_kernel_with_a_defect_is_left_out(
     monkeypatch.setattr(sift, "compile_as_launched", lambda *_: None)
     monkeypatch.setattr(sift.resources, "examine", lambda *_: found)
     monkeypatch.setattr(sift.estimate, "kernel_record", lambda *_: {"microseconds": 3.0})
-    (verdict,) = sift.sift("256x8192-high", GOAL, GRAM, [config])
+    table = sift.Table(GRAM, 9.0, ("the table's own",))
+    (verdict,) = sift.sift("256x8192-high", GOAL, table, [config])
     assert verdict == sift.Verdict(config, 6.0 if reason is None else None, reason)
 
 

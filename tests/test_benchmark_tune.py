@@ -178,11 +178,11 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def outlook(shape: str, goal: sift.Goal) -> sift.Outlook:
         if shape == SLOW:
-            return sift.Outlook(shape, 0.1, ((KEY, 50.0), (GRAM, 20.0)))
-        return sift.Outlook(shape, 0.4, ((fast_key, 300.0),))
+            return sift.Outlook(shape, 0.1, (sift.Table(KEY, 50.0, ()), sift.Table(GRAM, 20.0, ())))
+        return sift.Outlook(shape, 0.4, (sift.Table(fast_key, 300.0, ()),))
 
-    def sift_in_time(position: int, shape: str, goal: sift.Goal, key: Key, group: Any) -> list[sift.Verdict]:
-        compiled.append((position, shape, key.kernel))
+    def sift_in_time(position: int, shape: str, goal: sift.Goal, table: Any, group: Any) -> list[sift.Verdict]:
+        compiled.append((position, shape, table.key.kernel))
         return [sift.Verdict(config, 10.0 + sum(config)) for config in group]
 
     monkeypatch.setattr(sift, "outlook", outlook)
@@ -258,6 +258,29 @@ def test_no_kernel_is_begun_when_the_time_is_over(
     assert device.asked == []
     assert (document["kernels"], document["complete"]) == ([], False)
     assert f"no time left for {SLOW} gradient, {SLOW} gram, {FAST} gradient" in capsys.readouterr().out
+
+
+def test_a_kernel_that_the_end_cuts_off_is_no_error(swept: list[Any], with_gpu: None, tmp_path: Path) -> None:
+    cut_off = tune_process.Lost(A, tune_process.NO_TIME, in_time=False)
+    both = [[trial(TABLE, 5e-5)], [trial(TABLE, 3e-4)]]
+    status, document, _ = sweep(tmp_path, both[0], cut_off, both[1])
+    assert status == 0
+    assert [kernel["reason"] for kernel in document["kernels"]] == [None, "no time left", None]
+    assert not document["complete"]
+
+
+def test_a_device_that_does_not_start_is_named(
+    swept: list[Any], with_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Device):
+        def start(self) -> Any:
+            raise RuntimeError(
+                "the process that runs candidates did not start: the process ended with status 1"
+            )
+
+    broken: Any = Broken
+    assert tune.tune([SLOW], 1.0, str(tmp_path), start_device=broken) == 1
+    assert "did not start: the process ended with status 1" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_estimate_ranks_and_the_output_says_so(
