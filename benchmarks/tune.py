@@ -30,7 +30,10 @@ from vicreg_fast.backends.triton import candidates, configs
 from vicreg_fast.backends.triton.configs import Key
 from vicreg_fast.backends.triton.search import Trial
 
-from . import estimate, machine, resources, sift
+from . import machine, resources, sift
+from .cases import require_gpu_shapes
+from .results import UsageError
+from .shapes import KERNEL_SHAPES
 from .sift import Goal, Outlook, Verdict
 from .tune_device import Failed, Search, Together
 from .tune_process import NO_TIME, DeviceProcess, Lost
@@ -192,13 +195,13 @@ def tune(
     names: Sequence[str] | None, minutes: float, out: str | None, target: str | None = None,
     start_device: Callable[[], DeviceProcess] = DeviceProcess,
 ) -> int:  # fmt: skip
-    """Search, write and print.  Returns the exit status; raises ValueError for an unusable argument."""
+    """Search, write and print.  Returns the exit status; raises :class:`UsageError` for an unusable argument."""
     end = time.monotonic() + 60 * minutes
-    names = list(dict.fromkeys(names or estimate.SHAPES))
-    estimate.require_shapes(names)
+    names = list(dict.fromkeys(names or KERNEL_SHAPES))
+    require_gpu_shapes(names)
     has_gpu = torch.cuda.is_available()
     if has_gpu and target is not None:
-        raise ValueError(f"--target is for a machine without a GPU, got {target} on one with a GPU")
+        raise UsageError(f"--target is for a machine without a GPU, got {target} on one with a GPU")
     device = start_device() if has_gpu else None
     target = target or "cuda:90"
     try:
@@ -209,7 +212,7 @@ def tune(
     if goal.target not in resources.SHARED_MEMORY:
         if device is not None:
             device.stop()
-        raise ValueError(f"the estimate knows {', '.join(resources.SHARED_MEMORY)}, not {goal.target}")
+        raise UsageError(f"the estimate knows {', '.join(resources.SHARED_MEMORY)}, not {goal.target}")
     about = machine.machine(machine.device(None))
     writer = Writer(Path(out or "tuning"), {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": about,

@@ -22,7 +22,8 @@ from vicreg_fast.backends.triton.launch_timing import Times
 from vicreg_fast.backends.triton.search import Trial
 
 from . import results
-from .targets import duration
+from .results import UsageError
+from .text import duration
 
 SCHEMA, VERSION = "vicreg_fast.tune", 1
 _HINT = (
@@ -147,7 +148,7 @@ class Writer:
     def start(self) -> None:
         """Write a document without kernels, which shows whether the folder can be written to."""
         if (self._folder / DOCUMENT).exists():
-            raise ValueError(f"--out needs a folder without a {DOCUMENT}, got {self._folder}")
+            raise UsageError(f"--out needs a folder without a {DOCUMENT}, got {self._folder}")
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / TUNED).touch()
         self.save()
