@@ -154,6 +154,33 @@ def test_made_up_times_are_marked(folder: Path) -> None:
     assert "**Nothing here was measured: made up by hand**" in page_of(folder)
 
 
+ROWS = """# NVIDIA Fake, torch 2.11.0, Triton 3.6.0, 2026-01-01
+# gradient["half"] of sm90, aligned, 132 SMs
+# 256x8192-bf16: the table's Gradient(128, 128, 64) stays, 40 us
+Row(2048, 8192, Gradient(128, 256, 64)),  # 2048x8192-bf16: 300 us, was 400 us
+# moments of sm90, aligned, 132 SMs
+# 64x64-high: the process ended
+"""
+
+
+@pytest.mark.parametrize("timed", [True, False], ids=["timed", "estimated"])
+def test_new_rows_stand_below_their_tables_beside_the_steps_with_them(timed: bool, folder: Path) -> None:
+    (folder / "tune").mkdir()
+    (folder / "tune" / "rows.txt").write_text(ROWS)
+    step = {"shape": "2048x8192-bf16", "reason": None, "table": {"median": 900.0}, "rows": {"median": 800.0}}
+    lost = {"shape": "64x64-high", "reason": "RuntimeError: lost", "table": None, "rows": None}
+    document = {"timed": timed, "kernels": [{}, {}, {}], "steps": [step, lost]}
+    (folder / "tune" / "tune.json").write_text(json.dumps(document))
+    page = page_of(folder)
+    assert "3 kernels searched, 2 without a new row." in page
+    assert ("Nothing was timed" in page) == (not timed)
+    table = '    # gradient["half"] of sm90, aligned, 132 SMs\n    Row(2048, 8192, Gradient(128, 256, 64)),'
+    assert table in page
+    assert "moments" not in page
+    assert ["2048x8192-bf16", "", "900.0", "800.0"] in rows_of(page)
+    assert ["64x64-high", "RuntimeError: lost", "", ""] in rows_of(page)
+
+
 def test_targets_are_listed_with_the_missed_ones_first(folder: Path) -> None:
     document = fake_result()
     results.save(document, folder / "results" / "fake.json")
