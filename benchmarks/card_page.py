@@ -191,18 +191,14 @@ def _kernels(folder: Path) -> str:
     rows: list[tuple[object, ...]] = []
     for entry in measured["shapes"]:
         if entry["status"] == "error":
-            rows.append((entry["shape"], f"**{entry['reason'][:80]}**", None, None, None))
+            rows.append((f"**{entry['shape']}**: {entry['reason'][:_LINE]}", None, None, None))
             continue
         known = estimated.get(entry["shape"], {"kernels": [], "microseconds": None})
-        shape = entry["shape"]
-        for pair in kernel_results.beside(known, entry):
-            rows.append((shape, *pair.cells()))
-            shape = ""
         floor = known.get("floor_microseconds")
-        share = "" if floor is None else f", {floor / entry['microseconds']:.0%} of the bound of {floor:.1f}"
-        total = kernel_results.sums(known, entry).cells()
-        rows.append(("", f"sum{share}", *total[1:]))
-    return "\n".join([*lines, table(("shape", *kernel_results.COLUMNS), rows)])
+        share = "" if floor is None else f", {floor / entry['microseconds']:.0%} of the bound"
+        rows.append((f"**{entry['shape']}**{share}", *kernel_results.sums(known, entry).cells()[1:]))
+        rows += [tuple(pair.cells()) for pair in kernel_results.beside(known, entry)]
+    return "\n".join([*lines, table(kernel_results.COLUMNS, rows)])
 
 
 def _rows(folder: Path) -> str:
@@ -238,17 +234,14 @@ def _benchmark(document: dict[str, Any], source: str) -> Iterator[Section]:
     from . import targets  # imports torch, which no other section needs
 
     mode = targets.mode_of(document)
-    names = [name for name in ("eager", "compile", "aten", "triton") if name in document["providers"]]
-    times, judged = [], []
-    for record in document["cases"]:
-        seconds = [targets.seconds(record, name, mode) for name in names]
-        times.append((record["name"], *("–" if time is None else duration(time) for time in seconds)))
-        for over, verdict in record["targets"].get(mode, {}).items():
-            if verdict["asked"] is not None:
-                judged.append((_MET[verdict["met"]], record["name"], over, verdict["asked"], verdict["found"]))
     words = f"**Nothing here was measured: {document['fixture']}**\n\n" if "fixture" in document else ""
     if not document["complete"]:
         words += f"{len(document['cases'])} of {len(document['asked']['shapes'])} shapes.\n\n"
+    names = [name for name in ("eager", "compile", "aten", "triton") if name in document["providers"]]
+    times = []
+    for record in document["cases"]:
+        seconds = [targets.seconds(record, name, mode) for name in names]
+        times.append((record["name"], *("–" if time is None else duration(time) for time in seconds)))
     yield Section(f"Benchmark, mode {mode}", words + table(("shape", *names), times), source)
     wrong = [
         f"- {record['name']}: {line}"[:_LINE]
@@ -256,11 +249,31 @@ def _benchmark(document: dict[str, Any], source: str) -> Iterator[Section]:
         for line in targets.failures(record)
     ]
     yield Section("Wrong or failed providers", "\n".join(wrong), source)
-    judged.sort(key=lambda row: list(_MET.values()).index(row[0]))
-    rows = [(*row[:3], f"{row[3]:.3g}", "–" if row[4] is None else f"{row[4]:.3g}") for row in judged]
-    met = Counter(row[0].strip("*") for row in judged)
-    count = ", ".join(f"{number} {word}" for word, number in met.items())
-    yield Section(f"Targets: {count}", table(("", "shape", "over", "target", "measured"), rows), source)
+    yield _targets({record["name"]: record["targets"].get(mode, {}) for record in document["cases"]}, source)
 
 
-_MET = {False: "**missed**", None: "not measured", True: "met"}
+def _targets(judged: dict[str, dict[str, dict[str, Any]]], source: str) -> Section:
+    """A row for each shape with a target: measured and required, missed ones in bold and their shapes first."""
+    asked = {
+        shape: {over: verdict for over, verdict in verdicts.items() if verdict["asked"] is not None}
+        for shape, verdicts in judged.items()
+    }
+    columns = [over for over in ("eager", "compile", "cdist", "bmm", "aten", "floor")
+               if any(over in verdicts for verdicts in asked.values())]  # fmt: skip
+    counts = Counter(verdict["met"] for verdicts in asked.values() for verdict in verdicts.values())
+    words = {False: "missed", None: "not measured", True: "met"}
+    count = ", ".join(f"{counts[met]} {word}" for met, word in words.items() if counts[met])
+    shapes = [shape for shape, verdicts in asked.items() if verdicts]
+    shapes.sort(key=lambda shape: all(verdict["met"] is not False for verdict in asked[shape].values()))
+    rows = [(shape, *(_target(asked[shape].get(over)) for over in columns)) for shape in shapes]
+    text = table(("shape", *columns), rows)
+    legend = "Measured of required: speed-ups, and the share of the roofline bound (floor).\n\n" if text else ""
+    return Section(f"Targets: {count}", legend + text, source)
+
+
+def _target(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return ""
+    found = "–" if verdict["found"] is None else f"{verdict['found']:.3g}"
+    words = f"{found} of {verdict['asked']:.3g}"
+    return f"**{words}**" if verdict["met"] is False else words

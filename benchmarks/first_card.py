@@ -71,7 +71,7 @@ class Part:
         command += ["-v", "--tb=short", "--durations=10", "-p", "no:cacheprovider", "--test-seconds=90"]
         command += [f"--junitxml={self._file(f'{name}.xml')}"]
         if importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(workers), "--max-worker-restart=40"]
+            command += ["-n", str(workers), "--dist=worksteal", "--max-worker-restart=40"]
         # Every worker's Inductor would start as many compilers as there are cores.
         return Step(name, command, limit, least, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}, skip)
 

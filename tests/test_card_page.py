@@ -139,13 +139,13 @@ def test_every_kernel_stands_beside_its_estimate(folder: Path) -> None:
     assert "2 of 3 shapes." in page
     assert "Nothing here was measured" not in page
     rows = rows_of(page)
-    start = rows.index(["64x64-high", "gram_forward", "10.0", "20.0", "2.00"])
+    start = rows.index(["**64x64-high**, 25% of the bound", "50.0", "60.0", "1.20"])
     assert rows[start + 1 : start + 6] == [
-        ["", "splitk_reduction", "5.0", "–", "–"],
-        ["", "gradient", "20.0", "10.0", "0.50"],
-        ["", "gradient", "15.0", "30.0", "2.00"],
-        ["", "sum, 25% of the bound of 15.0", "50.0", "60.0", "1.20"],
-        ["6528x512-bf16", "**RuntimeError: lost**", "", "", ""],
+        ["gram_forward", "10.0", "20.0", "2.00"],
+        ["splitk_reduction", "5.0", "–", "–"],
+        ["gradient", "20.0", "10.0", "0.50"],
+        ["gradient", "15.0", "30.0", "2.00"],
+        ["**6528x512-bf16**: RuntimeError: lost", "", "", ""],
     ]
 
 
@@ -181,16 +181,33 @@ def test_new_rows_stand_below_their_tables_beside_the_steps_with_them(timed: boo
     assert ["64x64-high", "RuntimeError: lost", "", ""] in rows_of(page)
 
 
-def test_targets_are_listed_with_the_missed_ones_first(folder: Path) -> None:
+def test_missed_targets_are_bold_and_their_shapes_come_first(folder: Path) -> None:
     document = fake_result()
+    document["cases"] = [
+        record for record in document["cases"] if record["name"] in ("256x2048-bf16", "256x8192-high")
+    ]
     results.save(document, folder / "results" / "fake.json")
     page = page_of(folder)
-    judged = [row for row in rows_of(page) if row[0] in ("**missed**", "not measured", "met")]
-    order = ["**missed**", "not measured", "met"]
-    assert [row[0] for row in judged] == sorted((row[0] for row in judged), key=order.index)
-    assert len({row[0] for row in judged}) > 1
-    assert "loss: error 1.0e-01 of its size" in page  # a wrong provider
+    verdicts = {record["name"]: record["targets"]["graph"] for record in document["cases"]}
+    assert [verdict["met"] for verdict in verdicts["256x8192-high"].values()] == [False, False, True, True]
+    found = {over: f"{verdict['found']:.3g}" for over, verdict in verdicts["256x8192-high"].items()}
+    missed = ["256x8192-high", f"**{found['eager']} of 40**", f"**{found['compile']} of 20**"]
+    rows = rows_of(page)
+    start = rows.index([*missed, f"{found['aten']} of 1.5", f"{found['floor']} of 0.35"])
+    assert rows[start + 1] == [
+        "256x2048-bf16",
+        "",
+        "",
+        f"{verdicts['256x2048-bf16']['aten']['found']:.3g} of 1",
+        "",
+    ]
+    assert "## Targets: 2 missed, 3 met" in page
     assert MARK in page
+
+
+def test_a_wrong_provider_is_named(folder: Path) -> None:
+    results.save(fake_result(), folder / "results" / "fake.json")
+    assert "- 256x2048-highest: eager wrong: loss: error 1.0e-01 of its size" in page_of(folder)
 
 
 def test_the_page_is_short_and_names_where_the_rest_is(folder: Path) -> None:

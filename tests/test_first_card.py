@@ -104,6 +104,17 @@ def test_what_needs_the_whole_card_or_minutes_runs_by_itself() -> None:
     assert selections == ["gpu and not alone and not sanitizer", "gpu and alone", "gpu and sanitizer"]
 
 
+def test_the_words_that_choose_tests_are_in_their_names() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    names = re.findall(r"def (test_\w+)", text)
+    for word in first_card.PARITY_AND_GRAPHS.split(" or "):
+        assert any(word in name for name in names), word
+    (sanitizer,) = [step for step in steps_of("correctness") if step.name == "tests-sanitizer"]
+    assert sanitizer.command[sanitizer.command.index("-k") + 1] == first_card.SANITIZED
+    for word in first_card.SANITIZED.split(" and "):
+        assert f'"{word}"' in text  # a value of a parameter
+
+
 @each_part
 def test_a_rehearsal_selects_no_test_of_a_gpu_and_makes_its_times_up(part: str) -> None:
     commands = [" ".join(step.command) for step in steps_of(part, rehearse=True)]
