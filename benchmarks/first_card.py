@@ -45,7 +45,7 @@ class Part:
 
     def __init__(self, out: Path, rehearse: bool) -> None:
         self._out, self._rehearse = out, rehearse
-        self._device = ["--device", "cpu"] if rehearse else []
+        self._device = ["--device", "cpu" if rehearse else "cuda"]  # never a CPU in the place of a card
         # Compilation takes most of the tests' time.  Each process has a context of the card, half a GB.
         self._workers = 2 if rehearse else min(12, max(2, (os.cpu_count() or 2) - 3))
 

@@ -116,6 +116,15 @@ def test_the_words_that_choose_tests_are_in_their_names() -> None:
 
 
 @each_part
+def test_a_card_is_asked_for_by_name(part: str) -> None:
+    """Without a name the benchmarks would take the CPU where there is no GPU."""
+    for step in steps_of(part):
+        words = [*step.command]
+        if words[2] == "vicreg_fast" or (words[2] == "benchmarks" and words[3] not in ("estimate", "tune")):
+            assert words[words.index("--device") + 1] == "cuda", step.name
+
+
+@each_part
 def test_a_rehearsal_selects_no_test_of_a_gpu_and_makes_its_times_up(part: str) -> None:
     commands = [" ".join(step.command) for step in steps_of(part, rehearse=True)]
     assert not any("test_gpu" in command for command in commands)
