@@ -191,7 +191,7 @@ def estimate(target: str | None, names: Sequence[str] | None, out: str | None, a
     """Print and, with ``out``, write the estimates.  Returns the exit status; raises :class:`UsageError` for an unusable argument."""
     cases.require_gpu_shapes(names or ())
     document = None if against is None else _measurement(Path(against))
-    target = target or _target_of(document)
+    target = target or (document and kernel_results.target_of(document, CARDS)) or "cuda:90"
     card = CARDS[target]
     if document is not None and "fixture" in document:
         print(f"{against} was not measured: {document['fixture']}")
@@ -218,19 +218,6 @@ def estimate(target: str | None, names: Sequence[str] | None, out: str | None, a
             if out is not None:
                 Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
     return status
-
-
-def _target_of(document: Document | None) -> str:
-    """The target of a document's card; compute capability 9.0 without one."""
-    capability = document["machine"]["capability"] if document else None
-    if capability is None:
-        return "cuda:90"
-    target = f"cuda:{capability.replace('.', '')}"
-    if target not in CARDS:
-        raise UsageError(
-            f"no rates of compute capability {capability}; --target needs one of {', '.join(CARDS)}"
-        )
-    return target
 
 
 def _measurement(path: Path) -> Document:

@@ -13,7 +13,7 @@ A kernel has its name, its programs, how many rounds were timed, and microsecond
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,19 @@ def _require(path: Path, where: str, value: Any, keys: set[str]) -> None:
     if not isinstance(value, dict) or (missing := sorted(keys - value.keys())):
         needed = f"needs the keys {', '.join(missing)}" if isinstance(value, dict) else "needs to be an object"
         raise UsageError(f"{path} breaks the format at {where}: {needed}")
+
+
+def target_of(document: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """The target of a document's card, as cuda:90; None for a CPU.  Raises :class:`UsageError` if it is not known."""
+    capability = document["machine"]["capability"]
+    if capability is None:
+        return None
+    target = f"cuda:{capability.replace('.', '')}"
+    if target not in known:
+        raise UsageError(
+            f"no rates of compute capability {capability}; --target needs one of {', '.join(known)}"
+        )
+    return target
 
 
 class Pair(NamedTuple):

@@ -98,6 +98,16 @@ def test_kernels_are_paired_by_name_and_order() -> None:
     assert kernel_results.sums(estimated, measured).cells() == ["sum", "13.0", "28.0", "2.15"]
 
 
+def test_a_card_without_known_rates_is_refused() -> None:
+    known = ("cuda:80", "cuda:90")
+    for capability, target in {"9.0": "cuda:90", "8.0": "cuda:80", None: None}.items():
+        assert kernel_results.target_of({"machine": {"capability": capability}}, known) == target
+    with pytest.raises(
+        UsageError, match="no rates of compute capability 7.5; --target needs one of cuda:80, cuda:90"
+    ):
+        kernel_results.target_of({"machine": {"capability": "7.5"}}, known)
+
+
 # -- one process a shape ------------------------------------------------------------------------------------------
 
 
