@@ -24,7 +24,7 @@ from vicreg_fast.backends.triton import configs
 
 from . import cases, disassembly, instructions, kernel_pass, kernel_results, resources, results, targets
 from .cases import Case
-from .results import Document, UsageError
+from .results import Document
 from .shapes import KERNEL_SHAPES
 from .text import duration, table
 
@@ -179,8 +179,10 @@ def floor_microseconds(case: Case, card: Card) -> float:
 
 def shape_record(name: str, target: str, card: Card | None = None) -> dict[str, Any]:
     """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
-    case, card = next(case for case in cases.CASES if case.name == name), card or CARDS[target]
-    kernels = [kernel_record(launch, target, card) for launch in launches(case, target)]
+    case = next(case for case in cases.CASES if case.name == name)
+    device = None if card is None else resources.device_of(target)._replace(num_sms=card.sms)
+    card = card or CARDS[target]
+    kernels = [kernel_record(launch, target, card) for launch in launches(case, target, device)]
     floor = floor_microseconds(case, card)
     total = sum(kernel["microseconds"] for kernel in kernels)
     record = {"shape": name, "target": target, "triton": triton.__version__, "microseconds": total}
@@ -192,18 +194,18 @@ def estimate(target: str | None, names: Sequence[str] | None, out: str | None, a
     cases.require_gpu_shapes(names or ())
     document = None if against is None else _measurement(Path(against))
     target = target or (document and kernel_results.target_of(document, CARDS)) or "cuda:90"
-    card = CARDS[target]
+    card, measured = CARDS[target], None
     if document is not None and "fixture" in document:
         print(f"{against} was not measured: {document['fixture']}")
     if document is not None and document["schema"] == kernel_results.SCHEMA:
         names = names or document["asked"]
-        card = card.measured(document)
+        card = measured = card.measured(document)
     print(
         f"{target}, {card.name} ({card.source}), Triton {triton.__version__}: estimated by a model, nothing is measured"
     )
     shapes, status = [], 0
     with ProcessPoolExecutor() as pool:
-        waiting = {name: pool.submit(shape_record, name, target, card) for name in names or KERNEL_SHAPES}
+        waiting = {name: pool.submit(shape_record, name, target, measured) for name in names or KERNEL_SHAPES}
         for name, future in waiting.items():
             try:
                 record = future.result()

@@ -109,6 +109,7 @@ def test_every_kernel_stands_beside_its_measured_time(estimated: tuple[dict[str,
 def test_a_measured_cards_rates_take_the_place_of_the_tables(estimated: tuple[dict[str, Any], str]) -> None:
     shape, output = estimated
     assert "cuda:90, NVIDIA Fake (rates measured there" in output
+    assert shape["kernels"][0]["programs"] == 120  # one for each of its SMs
     # Six passes over the elements at the measured rate of a copy.
     assert shape["floor_microseconds"] == pytest.approx(6 * 2_600_000 * 64 * 2 / 2.15e6, rel=1e-3)
 

@@ -103,7 +103,7 @@ def test_a_card_without_known_rates_is_refused() -> None:
     for capability, target in {"9.0": "cuda:90", "8.0": "cuda:80", None: None}.items():
         assert kernel_results.target_of({"machine": {"capability": capability}}, known) == target
     with pytest.raises(
-        UsageError, match="no rates of compute capability 7.5; --target needs one of cuda:80, cuda:90"
+        UsageError, match=r"no rates of compute capability 7\.5; --target needs one of cuda:80, cuda:90"
     ):
         kernel_results.target_of({"machine": {"capability": "7.5"}}, known)
 
