@@ -132,8 +132,8 @@ def _tail(log: Path, count: int = 6) -> str:
 
 def _tests(folder: Path, verdict: steps.Verdict) -> str:
     """Counts, and a line for each test that failed, was running when pytest was ended, or was skipped."""
-    name, log = verdict["step"], folder / verdict["log"]
-    outcomes, running = _of_log(log)
+    name, text = verdict["step"], (folder / verdict["log"]).read_text(errors="replace")
+    outcomes, running = _of_log(text)
     try:
         lines = list(_of_report(folder / f"{name}.xml"))
         counts = Counter(status for status, *_ in lines)
@@ -145,7 +145,10 @@ def _tests(folder: Path, verdict: steps.Verdict) -> str:
     shown = [line for line in lines if line[0] not in ("passed", "skipped")]
     shown += [line for line in lines if line[0] == "skipped"]
     count = ", ".join(f"{number} {status}" for status, number in sorted(counts.items())) or "none ran"
-    return "\n".join([f"{name}: {count}.", *(_test_line(*line) for line in shown)])
+    found = re.search(r"workers? \[(\d+) items?\]|^collect.* (\d+) (?:items?|selected)$", text, re.MULTILINE)
+    selected = int(found[1] or found[2]) if found else counts.total()
+    of = "" if selected == counts.total() else f" of {selected}"
+    return "\n".join([f"{name}: {count}{of}.", *(_test_line(*line) for line in shown)])
 
 
 def _test_line(status: str, test: str, message: str) -> str:
@@ -163,10 +166,10 @@ def _of_report(path: Path) -> Iterator[tuple[str, str, str]]:
             yield {"failure": "failed"}.get(found.tag, found.tag), test, found.get("message", "")
 
 
-def _of_log(log: Path) -> tuple[dict[str, str], list[str]]:
+def _of_log(text: str) -> tuple[dict[str, str], list[str]]:
     """Outcomes by test, and tests without one, from what ``pytest -v`` has printed, with or without xdist."""
     outcomes, started = dict[str, str](), dict[str, None]()
-    for line in log.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         if found := re.match(r"\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+\.py::.*)", line):
             outcomes[found[2].strip()] = found[1].lower()
         elif found := re.match(r"(\S+\.py::.*?)(?: (PASSED|FAILED|ERROR|SKIPPED)\b.*)?\s*$", line):

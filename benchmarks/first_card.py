@@ -47,7 +47,7 @@ class Part:
         self._out, self._rehearse = out, rehearse
         self._device = ["--device", "cpu" if rehearse else "cuda"]  # never a CPU in the place of a card
         # Compilation takes most of the tests' time.  Each process has a context of the card, half a GB.
-        self._workers = 2 if rehearse else min(12, max(2, (os.cpu_count() or 2) - 3))
+        self._workers = 2 if rehearse else min(14, max(2, (os.cpu_count() or 2) - 2))
 
     def _python(self, *words: object) -> list[str]:
         return [sys.executable, *map(str, words)]
@@ -85,7 +85,7 @@ class Part:
         hidden = {**environment, "CUDA_VISIBLE_DEVICES": ""}
         return [
             [Step("kernels", measure, limit, least, environment)],
-            [Step("estimate", beside, 60, 20, hidden)],
+            [Step("estimate", beside, 60, 25, hidden)],
         ]
 
     def _benchmark(
@@ -110,11 +110,11 @@ class Part:
             [self._machine()],
             # The check compiles a hundred variants, one after the other: beside the tests, since nothing is timed.
             [
-                self._tests("tests", "gpu and not alone and not sanitizer", 240, 90, workers=self._workers),
-                Step("parity", check, 240, 60),
+                self._tests("tests", "gpu and not alone and not sanitizer", 330, 90, workers=self._workers),
+                Step("parity", check, 330, 60),
             ],
-            [self._tests("tests-alone", "gpu and alone", 80, 20)],
-            *self._kernels(110, 30),
+            [self._tests("tests-alone", "gpu and alone", 80, 30)],
+            *self._kernels(110, 60),
             [
                 self._tests(
                     "tests-sanitizer", "gpu and sanitizer", 100, 25, only=SANITIZED, workers=2, skip=missing
@@ -140,7 +140,7 @@ class Part:
         return [
             [self._machine()],
             [Step("tune", search, 240, 60)],
-            *self._kernels(80, 30, **tuned),
+            *self._kernels(110, 60, **tuned),
             [self._benchmark(KERNEL_SHAPES, *only, limit=120, least=40, **tuned)],
             [Step("profile", profile, 60, 20, skip="times are made up" if self._rehearse else None)],
         ]

@@ -73,7 +73,8 @@ XML = """<testsuites><testsuite><testcase classname="tests.a" name="good"/>
 <testcase classname="tests.a" name="poor"><skipped message="needs two devices"/></testcase>
 <testcase classname="tests.a" name="bad[x]"><failure message="assert 1 == 2&#10;more">trace</failure></testcase>
 </testsuite></testsuites>"""
-LOG = """tests/a.py::good
+LOG = """2 workers [4 items]
+tests/a.py::good
 [gw0] [ 25%] PASSED tests/a.py::good
 tests/a.py::bad[x y]
 [gw1] [ 50%] FAILED tests/a.py::bad[x y]
@@ -85,19 +86,22 @@ def test_failed_tests_come_before_skipped_ones(folder: Path) -> None:
     (folder / "tests.xml").write_text(XML)
     (folder / "logs" / "tests.log").write_text(LOG)
     page = page_of(folder, verdict("tests", "failed", "exit status 1", "logs/tests.log"))
-    assert "tests: 1 failed, 1 passed, 1 skipped.\n- failed `tests.a::bad[x]` assert 1 == 2\n" in page
+    assert "tests: 1 failed, 1 passed, 1 skipped of 4.\n- failed `tests.a::bad[x]` assert 1 == 2\n" in page
     assert page.index("bad[x]` assert") < page.index("- skipped `tests.a::poor` needs two devices")
 
 
-@pytest.mark.parametrize(
-    "log",
-    [LOG, LOG.replace("\n[gw0] [ 25%] PASSED tests/a.py::good", " PASSED [ 25%]")],
-    ids=["xdist", "one process"],
-)
+ONE_PROCESS = """collecting ... collected 9 items / 5 deselected / 4 selected
+tests/a.py::good PASSED [ 25%]
+tests/a.py::bad[x y] FAILED [ 50%]
+tests/a.py::slow
+"""
+
+
+@pytest.mark.parametrize("log", [LOG, ONE_PROCESS], ids=["xdist", "one process"])
 def test_without_a_report_the_log_tells_the_outcomes_and_what_was_running(log: str, folder: Path) -> None:
     (folder / "logs" / "tests.log").write_text(log)
     page = page_of(folder, verdict("tests", "timed out", "ended after 60 s", "logs/tests.log"))
-    assert "tests: 1 failed, 1 passed.\n- failed `tests/a.py::bad[x y]`\n" in page
+    assert "tests: 1 failed, 1 passed of 4.\n- failed `tests/a.py::bad[x y]`\n" in page
     assert "- running when it was ended: `tests/a.py::slow`" in page
 
 
@@ -221,4 +225,4 @@ def test_the_page_is_short_and_names_where_the_rest_is(folder: Path) -> None:
     assert len(page) <= card_page.LIMIT + 1
     assert "more lines: profile.txt" in page
     assert "more lines: results/fake.json" in page
-    assert "tests: 1 failed, 1 passed, 1 skipped." in page
+    assert "tests: 1 failed, 1 passed, 1 skipped of 4." in page
