@@ -1,4 +1,4 @@
-"""Speed and memory of the losses.  Nothing outside this folder knows about timing."""
+"""Speed and memory of the losses.  Nothing outside this folder knows about timing, but for the search for block sizes."""
 
 import os
 

@@ -5,13 +5,15 @@ A shape is one element of the lists at the end of this file.  ``providers.py`` h
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .results import UsageError
 
 Inputs = tuple[Tensor, ...]
 Operations = dict[str, Counter[str]]  # by part, and by the matmul precision that they may use
@@ -238,3 +240,10 @@ QUICK = {
     "cpu": ("64x64-highest", "256x2048-highest", "2048x512-highest", "vicregl-32x49x512-m10-highest",
             "matching-64x49x512-m20-highest", "ranks-256x2048-highest"),
 }  # fmt: skip
+
+
+def require_gpu_shapes(names: Iterable[str]) -> None:
+    """Raise :class:`UsageError` for the name of a shape that one GPU does not measure."""
+    known = [case.name for case in CASES if "cuda" in case.devices and case.suite != "distributed"]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"no shape {unknown[0]!r} on a GPU; known are {', '.join(known)}")

@@ -3,6 +3,7 @@
 The disassembler comes with Triton.  Line information ties an instruction to the line of the kernel that it was made from.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -55,6 +56,7 @@ def tool(name: str) -> str:
     return str(next(Path(triton.__file__).parent.rglob(f"bin/{name}")))
 
 
+@functools.lru_cache(maxsize=8)  # resources and estimate read the same kernel one after the other
 def disassembled(compiled: Any) -> str:
     """The machine code with its lines: of a cubin by nvdisasm, of AMD's as the compiler prints it."""
     if "amdgcn" in compiled.asm:

@@ -5,28 +5,28 @@ Every kernel is compiled as the library would launch it.  Its time is the larges
     bytes at 80 % of the copy rate; matmul operations at 70 % of the peak; warp instructions at 0.6 a scheduler and cycle
 
 times waves rounded up over waves, plus 3 us a launch.  Bytes are those of its tensors, each read or written once.
-Nothing here is measured.  ``--against`` puts a card's measured times beside it.
+Nothing here is measured.  ``--against`` puts a card's measured times beside it: those of each kernel from a file of
+``python -m benchmarks kernels``, whose card's rates then take the place of CARDS, or those of each shape from one of ``run``.
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-import torch
 import triton
 from torch import Tensor
 
-from vicreg_fast.backends import triton_backend
-from vicreg_fast.plan import TWO_VIEWS, local_views
+from vicreg_fast.backends.triton import configs
 
-from . import cases, disassembly, instructions, resources, results, targets
+from . import cases, disassembly, instructions, kernel_pass, kernel_results, resources, results, targets
 from .cases import Case
-from .targets import duration
+from .results import Document
+from .shapes import KERNEL_SHAPES
+from .text import duration, table
 
 # The model's constants.
 COPY_SHARE, MATMUL_SHARE, ISSUE_RATE, LAUNCH_SECONDS = 0.8, 0.7, 0.6, 3e-6
@@ -43,6 +43,21 @@ class Card(NamedTuple):
     sms: int
     clock: float
     schedulers: int = 4
+
+    def measured(self, document: Document) -> "Card":
+        """The card of a file of kernels' times, at the rates that it measured; the clock is this card's."""
+        about, ceilings = document["machine"], document["ceilings"]
+        if ceilings is None or about["multiprocessors"] is None:
+            return self
+        rates = ceilings["operations_per_s"]
+        return self._replace(
+            name=about["device"],
+            source=f"rates measured there; the clock, {self.clock / 1e9:g} GHz, is that of {self.name}",
+            copy=ceilings["copy_bytes_per_s"],
+            bf16=rates["bf16"],
+            tf32=rates["high"],
+            sms=about["multiprocessors"],
+        )
 
     @property
     def ceilings(self) -> dict[str, Any]:
@@ -69,58 +84,26 @@ CARDS = {
     "cuda:120": Card("RTX PRO 6000", _SHEET, 1.79e12, 504e12, 252e12, 188, 2.6e9),
     "hip:gfx942": Card("MI300X", _SHEET, 5.3e12, 1307e12, 653e12, 304, 2.1e9),
 }
-SHAPES = (
-    "256x8192-highest", "256x8192-high", "2048x8192-bf16", "2048x8192-high", "6528x512-bf16", "2600000x64-bf16",
-    "vicregl-128x49x512-m20-highest", "vicregl-128x49x512-m20-bf16", "vicregl-64x196x768-m20-bf16",
-    "matching-64x1024x768-m20-bf16",
-)  # fmt: skip
 
 
 class Launch(NamedTuple):
-    """A launch that the library would make: what is compiled, its arguments by name, and its programs."""
+    """A launch that the library would make: what is compiled, its arguments by name, its programs, and what came out."""
 
     variant: resources.Variant
     arguments: dict[str, Any]
     programs: int
+    compiled: Any = None  # None: not compiled yet
 
 
-def launches(case: Case, target: str) -> list[Launch]:
-    """Every launch of a step, on tensors without data."""
+def launches(case: Case, target: str, device: configs.Device | None = None) -> list[Launch]:
+    """Every launch of a step, on tensors without data; ``device``: what the target is taken for."""
     made: list[Launch] = []
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
         arguments = {**keywords, "grid": math.prod(grid)}
         made.append(Launch(resources.variant_of(kernel, keywords), arguments, math.prod(grid)))
 
-    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="cuda")
-
-    shape = case.shape
-    with ExitStack() as stack:
-        for context in resources.as_if_on(target, record):
-            stack.enter_context(context)
-        if "N" in shape:
-            plan = TWO_VIEWS._replace(precision=case.precision)
-            sources = [empty(1, shape["N"], shape["D"]) for _ in range(2)]
-            results = triton_backend.terms(plan, sources, None)
-            triton_backend.gradient(plan, sources, None, results[plan.outputs :], results[:3], [True, True])
-            return made
-        sources = [empty(shape["B"], P, shape["C"]) for P in shape["P"]]
-        if case.suite == "matching":
-            matches = triton_backend.match(sources, [], (shape["m"],), "distance", False)
-            triton_backend.match_distances(
-                sources[0], sources[1], matches.match_index.view(2, shape["B"], shape["m"])
-            )
-            return made
-        counts = (shape["m"][0], shape["m"][1])
-        plan = local_views(counts)._replace(precision=case.precision)
-        locations = [empty(shape["B"], P, 2, dtype=torch.float32) for P in shape["P"]]
-        matches = triton_backend.match(sources, locations, counts, "distance", False)
-        results = triton_backend.terms(plan, sources, matches)
-        upstream = [*results[:3]] * len(plan.group_sizes)
-        triton_backend.gradient(
-            plan, sources, matches.match_index, results[plan.outputs :], upstream, [True, True]
-        )
+    kernel_pass.make_without_data(case, target, record, device)
     return made
 
 
@@ -148,11 +131,11 @@ def _matmul(name: str, card: Card) -> tuple[float, float]:
     return operations, operations / {"half": card.bf16, "tf32": card.tf32, "fp32": card.tf32 / 4}[kind]
 
 
-def kernel_record(launch: Launch, target: str) -> dict[str, Any]:
-    """What is known of a launch, and its time by the model."""
-    card, arguments, programs = CARDS[target], launch.arguments, launch.programs
-    compiled = resources.compile_for(launch.variant, target)
-    found = resources.examine(launch.variant, target)
+def kernel_record(launch: Launch, target: str, card: Card | None = None) -> dict[str, Any]:
+    """What is known of a launch, and its time by the model on a card (default: the target's)."""
+    card, arguments, programs = card or CARDS[target], launch.arguments, launch.programs
+    compiled = launch.compiled or resources.compile_for(launch.variant, target)
+    found = resources.examine(launch.variant, target, compiled)
     text = disassembly.disassembled(compiled)
     code = instructions.parse(text)
     warps = launch.variant.options["num_warps"]
@@ -188,30 +171,41 @@ def kernel_record(launch: Launch, target: str) -> dict[str, Any]:
     }
 
 
-def shape_record(name: str, target: str) -> dict[str, Any]:
+def floor_microseconds(case: Case, card: Card) -> float:
+    """The roofline bound of a shape's step."""
+    part = "forward" if case.suite == "matching" else "both"
+    return float(1e6 * targets.roofline(case, card.ceilings)[part]["seconds"])
+
+
+def shape_record(name: str, target: str, card: Card | None = None) -> dict[str, Any]:
     """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
     case = next(case for case in cases.CASES if case.name == name)
-    kernels = [kernel_record(launch, target) for launch in launches(case, target)]
-    part = "forward" if case.suite == "matching" else "both"
-    floor = 1e6 * targets.roofline(case, CARDS[target].ceilings)[part]["seconds"]
+    device = None if card is None else resources.device_of(target)._replace(num_sms=card.sms)
+    card = card or CARDS[target]
+    kernels = [kernel_record(launch, target, card) for launch in launches(case, target, device)]
+    floor = floor_microseconds(case, card)
     total = sum(kernel["microseconds"] for kernel in kernels)
     record = {"shape": name, "target": target, "triton": triton.__version__, "microseconds": total}
     return record | {"floor_microseconds": floor, "share": floor / total, "kernels": kernels}
 
 
-def estimate(target: str, names: Sequence[str] | None, out: str | None, against: str | None) -> int:
-    """Print and, with ``out``, write the estimates.  Returns the exit status; raises ValueError for an unusable argument."""
-    known = [case.name for case in cases.CASES if "cuda" in case.devices and case.suite != "distributed"]
-    if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"no shape {unknown[0]!r} on a GPU; known are {', '.join(known)}")
-    document = None if against is None else results.load(Path(against))
-    card = CARDS[target]
+def estimate(target: str | None, names: Sequence[str] | None, out: str | None, against: str | None) -> int:
+    """Print and, with ``out``, write the estimates.  Returns the exit status; raises :class:`UsageError` for an unusable argument."""
+    cases.require_gpu_shapes(names or ())
+    document = None if against is None else _measurement(Path(against))
+    target = target or (document and kernel_results.target_of(document, CARDS)) or "cuda:90"
+    card, measured = CARDS[target], None
+    if document is not None and "fixture" in document:
+        print(f"{against} was not measured: {document['fixture']}")
+    if document is not None and document["schema"] == kernel_results.SCHEMA:
+        names = names or document["asked"]
+        card = measured = card.measured(document)
     print(
         f"{target}, {card.name} ({card.source}), Triton {triton.__version__}: estimated by a model, nothing is measured"
     )
     shapes, status = [], 0
     with ProcessPoolExecutor() as pool:
-        waiting = {name: pool.submit(shape_record, name, target) for name in names or SHAPES}
+        waiting = {name: pool.submit(shape_record, name, target, measured) for name in names or KERNEL_SHAPES}
         for name, future in waiting.items():
             try:
                 record = future.result()
@@ -221,47 +215,75 @@ def estimate(target: str, names: Sequence[str] | None, out: str | None, against:
                 continue
             shapes.append(record)
             print(f"\n{_summary(record, document)}\n{_table(record)}", flush=True)
-    if out is not None:
-        Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
+            if document is not None and (comparison := _kernels_beside(record, document)):
+                print(f"\n{comparison}", flush=True)
+            if out is not None:
+                Path(out).write_text(json.dumps({"shapes": shapes}, indent=1) + "\n")
     return status
 
 
-def _summary(record: dict[str, Any], document: results.Document | None) -> str:
+def _measurement(path: Path) -> Document:
+    """A file of kernels' times or a result of ``run``, told apart by the schema that it names."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        document = None  # load() below says what is wrong
+    is_of_kernels = isinstance(document, dict) and document.get("schema") == kernel_results.SCHEMA
+    return kernel_results.load(path) if is_of_kernels else results.load(path)
+
+
+def _measured(record: dict[str, Any], document: Document) -> float | None:
+    """The measured seconds of a shape; None where the document has none."""
+    name = record["shape"]
+    if document["schema"] == kernel_results.SCHEMA:
+        found = [entry["microseconds"] for entry in document["shapes"] if entry["shape"] == name]
+        return found[0] * 1e-6 if found and found[0] is not None else None
+    mode = targets.mode_of(document)
+    times = [targets.seconds(entry, "triton", mode) for entry in document["cases"] if entry["name"] == name]
+    return times[0] if times else None
+
+
+def _summary(record: dict[str, Any], document: Document | None) -> str:
     """A line: the shape's time, its share of the bound, and the measured time where a result has it."""
     time, floor = (duration(record[key] * 1e-6) for key in ("microseconds", "floor_microseconds"))
     words = f"{record['shape']}: {time}, {record['share']:.0%} of the bound of {floor}"
     if document is None:
         return words
-    measured = [
-        targets.seconds(entry, "triton", targets.mode_of(document))
-        for entry in document["cases"]
-        if entry["name"] == record["shape"]
-    ]
-    if not measured or measured[0] is None:
+    measured = _measured(record, document)
+    if measured is None:
         return f"{words}; not in the result"
-    ratio = measured[0] / (record["microseconds"] * 1e-6)
-    return f"{words}; measured {duration(measured[0])}, {ratio:.2f} of the estimate"
+    ratio = measured / (record["microseconds"] * 1e-6)
+    return f"{words}; measured {duration(measured)}, {ratio:.2f} of the estimate"
+
+
+def _kernels_beside(record: dict[str, Any], document: Document) -> str:
+    """A table of a shape's kernels, estimated and measured; empty where the document has no kernels of it."""
+    shapes = document.get("shapes", [])
+    found = [entry for entry in shapes if entry["shape"] == record["shape"] and entry["kernels"]]
+    if not found:
+        return ""
+    pairs = [*kernel_results.beside(record, found[0]), kernel_results.sums(record, found[0])]
+    return table(kernel_results.COLUMNS, [pair.cells() for pair in pairs])
+
+
+# The columns of the table of a shape's kernels.
+_COLUMNS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "kernel": itemgetter("kernel"),
+    "time": lambda kernel: duration(kernel["microseconds"] * 1e-6),
+    "programs": itemgetter("programs"),
+    "an SM": itemgetter("programs_per_sm"),
+    "waves": lambda kernel: f"{kernel['waves']:.2f}",
+    "registers": itemgetter("registers"),
+    "spilled": itemgetter("spill_bytes"),
+    "shared": itemgetter("shared_bytes"),
+    "load": itemgetter("narrowest_load_bytes"),
+    "copies": itemgetter("async_copies"),
+    "warp instructions": lambda kernel: f"{kernel['warp_instructions']:.3g}",
+    "GFLOP": lambda kernel: f"{kernel['operations'] / 1e9:.3g}",
+    "MB": lambda kernel: f"{kernel['bytes'] / 1e6:.3g}",
+}
 
 
 def _table(record: dict[str, Any]) -> str:
     """The kernels of a shape."""
-    frame = pd.DataFrame(record["kernels"])
-    frame["time"] = frame["microseconds"].map(lambda value: duration(value * 1e-6))
-    frame["warp instructions"] = frame["warp_instructions"].map("{:.3g}".format)
-    frame["GFLOP"] = (frame["operations"] / 1e9).map("{:.3g}".format)
-    frame["MB"] = (frame["bytes"] / 1e6).map("{:.3g}".format)
-    frame["waves"] = frame["waves"].map("{:.2f}".format)
-    names = {"programs_per_sm": "an SM", "spill_bytes": "spilled", "shared_bytes": "shared"}
-    names |= {"narrowest_load_bytes": "load", "async_copies": "copies"}
-    shown = [
-        "kernel",
-        "time",
-        "programs",
-        "programs_per_sm",
-        "waves",
-        "registers",
-        "spill_bytes",
-        "shared_bytes",
-    ]
-    shown += ["narrowest_load_bytes", "async_copies", "warp instructions", "GFLOP", "MB"]
-    return str(frame[shown].rename(columns=names).to_string(index=False, na_rep=""))
+    return table([*_COLUMNS], [[cell(kernel) for cell in _COLUMNS.values()] for kernel in record["kernels"]])

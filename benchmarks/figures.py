@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from . import targets
+from . import frames, targets
 from .providers import PROVIDERS
-from .targets import duration
+from .text import duration
 
 Document = Mapping[str, Any]
 MODES = {"graph": "CUDA graphs", "launch": "called from Python"}
@@ -80,7 +80,7 @@ def picture(path: str, words: str) -> str:
 
 
 def _compared(document: Document) -> pd.DataFrame:
-    frame = targets.frame(document)
+    frame = frames.frame(document)
     return frame[frame["mode"] == targets.mode_of(document)]
 
 
@@ -110,16 +110,16 @@ def line_of(document: Document, along: str) -> tuple[str, dict[str, int]]:
 def draw(documents: Sequence[Document], folder: Path, prefix: str = "") -> list[str]:
     """All figures: speed-ups, and time over N and over D; of several results the time of vicreg_fast."""
     drawn = speed_ups(documents, folder / f"{prefix}speedups")
-    frames = [frame.set_index("shape", drop=False) for frame in map(_compared, documents)]
+    compared = [frame.set_index("shape", drop=False) for frame in map(_compared, documents)]
     for along in ("N", "D"):
         fixed, sizes = line_of(documents[0], along)
         title = f"Time of forward and backward over {along}, at {fixed}"
         if len(documents) == 1:
             title += f"\n{label(documents[0])}"
-            table = targets.pivot(frames[0], "median").filter(PROVIDERS)
-            table["roofline bound"] = frames[0].groupby(level=0)["seconds"].first()
+            table = frames.pivot(compared[0], "median").filter(PROVIDERS)
+            table["roofline bound"] = compared[0].groupby(level=0)["seconds"].first()
         else:
-            medians = [frame.loc[frame["ours"], "median"] for frame in frames]
+            medians = [frame.loc[frame["ours"], "median"] for frame in compared]
             table = pd.concat(medians, axis=1, keys=labels(documents))
         table = (
             table[table.index.isin(sizes)]

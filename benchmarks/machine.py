@@ -1,6 +1,7 @@
 """What a result was measured on: device, versions, clocks, commit."""
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import timing
 from .libraries import version
 from .results import UsageError
 
@@ -106,7 +108,9 @@ def commit(out: Path | None = None) -> dict[str, Any]:
 
     Result files, kept or in ``out``, are not changes.
     """
-    git, paths = ("git", "-C", str(ROOT)), [".", ":!benchmarks/results"]
+    # In a copy of the checkout that another user owns git answers only with this setting.
+    git = ("git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT))
+    paths = [".", ":!benchmarks/results"]
     if out is not None and out.resolve().is_relative_to(ROOT):
         paths.append(f":(exclude,glob){(out.resolve() / '*.json').relative_to(ROOT)}")
     try:
@@ -120,3 +124,21 @@ def commit(out: Path | None = None) -> dict[str, Any]:
         return {"commit": None, "dirty": None, "changes": None, "reason": str(error)}
     digest = hashlib.sha256(changes).hexdigest()[:12] if changes else None
     return {"commit": head, "dirty": bool(changes), "changes": digest, "reason": None}
+
+
+def facts(device: torch.device, out: Path | None = None) -> dict[str, Any]:
+    """All of the above, and the device's ceilings, which take seconds to measure."""
+    about = {"machine": machine(device), "clocks": clocks(device), "commit": commit(out)}
+    bench = timing.Bench(device)
+    about["ceilings"] = timing.ceilings(bench)
+    bench.free()
+    return about | {"load": load()}
+
+
+def describe(name: str | None, path: str | None) -> int:
+    """Print the facts of a device and write them to a file.  Returns the exit status."""
+    text = json.dumps(facts(device(name)), indent=1)
+    if path is not None:
+        Path(path).write_text(text + "\n")
+    print(text)
+    return 0

@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from . import figures, machine, providers, results, targets
+from . import figures, frames, machine, providers, results, targets
 from .cases import CASES, PARTS
+from .frames import pivot
 from .results import Document, UsageError
-from .targets import duration, pivot, size
+from .text import duration, size
 
 README, GUIDE = machine.ROOT / "README.md", machine.ROOT / "docs" / "benchmarks.md"
 
@@ -46,7 +47,7 @@ def markdown(rows: pd.DataFrame | Sequence[Mapping[str, object]]) -> str:
 
 def tables(document: Document) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Title, table and rows of every suite and mode: each provider's time, and vicreg_fast's speed-ups and rates."""
-    frame = targets.frame(document)
+    frame = frames.frame(document)
     for (suite, mode), rows in frame[frame["mode"] != ""].groupby(["suite", "mode"], sort=False):
         table, medians = pivot(rows, "time"), pivot(rows, "median")
         table = table.loc[:, (table.fillna("–") != "–").any()]
@@ -67,7 +68,7 @@ def not_timed(document: Document) -> str:
         columns={"name": "shape"}
     )
     columns = ["shape", "provider", "status", "reason"]
-    frame = pd.concat([shapes.assign(provider="all"), targets.frame(document)[columns]]).dropna(subset="reason")
+    frame = pd.concat([shapes.assign(provider="all"), frames.frame(document)[columns]]).dropna(subset="reason")
     grouped = frame.groupby(columns[1:], sort=False)["shape"].agg(
         **{"first shape": "first", "shapes": "nunique"}
     )
@@ -97,7 +98,7 @@ def page(document: Document) -> Iterator[str]:
         words = "<details><summary>medians, 20 % and 80 % quantiles, host time</summary>"
         sections[title] = f"{table}\n\n{words}\n\n{markdown(details)}\n\n</details>"
     sections["Other libraries, each beside vicreg_fast with the library's definition"] = _libraries(document)
-    frame = targets.frame(document).drop_duplicates(["shape", "provider"]).dropna(subset="peak")
+    frame = frames.frame(document).drop_duplicates(["shape", "provider"]).dropna(subset="peak")
     peaks = pivot(frame, "peak").map(size, na_action="ignore")
     sections["Peak memory beyond inputs and gradients"] = markdown(peaks.reset_index())
     sections["Not timed"] = not_timed(document)
@@ -128,7 +129,7 @@ def _targets(document: Document) -> str:
 
 def _libraries(document: Document) -> str:
     """Every library's time beside that of vicreg_fast with the library's definition."""
-    frame = targets.frame(document)
+    frame = frames.frame(document)
     frame = frame[(frame["mode"] != "") & (frame["status"] != "unavailable")]
     frame["library"] = frame["provider"].str.removeprefix(providers.AS)
     theirs = frame[frame["provider"].isin(providers.LIBRARIES)]
@@ -145,7 +146,7 @@ def comparison(documents: Sequence[Document]) -> Iterator[str]:
     yield "# VICReg: " + " against ".join(document["machine"]["device"] for document in documents)
     labels = figures.labels(documents)
     yield "\n".join(f"- {label}" for label in labels)
-    ours = [frame[frame["ours"]].set_index(["shape", "mode"]) for frame in map(targets.frame, documents)]
+    ours = [frame[frame["ours"]].set_index(["shape", "mode"]) for frame in map(frames.frame, documents)]
     index = pd.concat(ours).index.unique()
     first = ours[0].reindex(index)
     table = pd.DataFrame(index=index)
@@ -198,7 +199,7 @@ def blocks(document: Document, path: Path) -> dict[str, str]:
     source += f"`{session['command']}`; {figures.MODES[mode]}, medians, from `benchmarks/results/{path.name}`."
     if document["asked"]["providers"] is not None:
         return {"library table": f"{source}\n\n{_libraries(document)}"}
-    frame = targets.frame(document)
+    frame = frames.frame(document)
     frame = frame[frame["has target"] & (frame["mode"] == mode)]
     eager, us = (frame[rows].set_index("shape") for rows in (frame["provider"] == "eager", frame["ours"]))
 

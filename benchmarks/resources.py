@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vicreg_fast.backends import triton_backend
-from vicreg_fast.backends.triton import arguments, configs, launch_matching
+from vicreg_fast.backends.triton import arguments, configs, launch_matching, launch_timing
 from vicreg_fast.plan import LOCAL_VIEWS, ONE_VIEW, TWO_VIEWS, Matches, Plan, local_views
 
 from . import defects, disassembly
@@ -118,7 +118,7 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         """The kernel's name, without what all kernels have in it."""
-        return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+        return launch_timing.kernel_name(self.kernel)
 
     @property
     def is_aligned(self) -> bool:
@@ -253,11 +253,13 @@ def _run_local(maps: Maps, dtype: torch.dtype, precision: str | None) -> None:
         triton_backend.gradient(plan, sources, matches.match_index, results[plan.outputs :], upstream, needs)
 
 
-def as_if_on(target: str, record: Callable[..., None]) -> Iterator[AbstractContextManager[Any]]:
+def as_if_on(
+    target: str, record: Callable[..., None], device: configs.Device | None = None
+) -> Iterator[AbstractContextManager[Any]]:
     """Contexts in which tensors have no data, the launchers choose as on a target, and ``record`` is called to launch."""
     yield FakeTensorMode()
     yield mock.patch.object(JITFunction, "run", record)
-    yield mock.patch.object(configs, "device_of", return_value=device_of(target))
+    yield mock.patch.object(configs, "device_of", return_value=device or device_of(target))
     yield mock.patch.object(arguments, "on_device", return_value=nullcontext())
     # No kernel, and not for tensors without data.
     yield mock.patch.object(launch_matching, "_sort_by_query", return_value=None)
@@ -297,18 +299,22 @@ def variants(target: str) -> Iterator[Variant]:
     yield from seen.values()
 
 
+def gpu_target(target: str) -> GPUTarget:
+    """A target as Triton has it."""
+    backend, arch = target.split(":")
+    return GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+
+
 def compile_for(variant: Variant, target: str) -> Any:
     """What Triton makes of a variant."""
-    backend, arch = target.split(":")
-    gpu_target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     attributes = {path: [["tt.divisibility", 16]] for path in variant.aligned}
     source = ASTSource(variant.kernel, variant.signature, variant.constants, attributes)
-    return triton.compile(source, target=gpu_target, options=variant.options)
+    return triton.compile(source, target=gpu_target(target), options=variant.options)
 
 
-def examine(variant: Variant, target: str) -> Resources:
-    """Compile a variant and look at what came out."""
-    backend, compiled = target.partition(":")[0], compile_for(variant, target)
+def examine(variant: Variant, target: str, compiled: Any = None) -> Resources:
+    """Look at what the compiler made of a variant; ``compiled`` None: compile it."""
+    backend, compiled = target.partition(":")[0], compiled or compile_for(variant, target)
     threads = variant.options["num_warps"] * (32 if backend == "cuda" else 64)
     limit, per_sm = SHARED_MEMORY[target]
     code = disassembly.disassembled(compiled)

@@ -9,13 +9,13 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from . import distributed, libraries, machine, providers, report, results, targets, timing
+from . import distributed, libraries, machine, providers, results, targets, timing
 from .cases import CASES, QUICK, SUITES, Case
 from .measure import Record, measure, recorded
 from .results import Document, UsageError
@@ -106,8 +106,38 @@ def run(arguments: Namespace, command: str) -> int:
     finally:
         session["clocks"]["after"] = machine.clocks(device)
         results.save(document, path)
-    print(f"\n{report.summary(document)}\n\npython -m benchmarks report {shlex.quote(str(path))}", flush=True)
+    print(f"\n{_summary(document)}\n\npython -m benchmarks report {shlex.quote(str(path))}", flush=True)
     return status
+
+
+def _summary(document: Document) -> str:
+    """The tables of a result, where what makes tables is installed."""
+    try:
+        from . import report
+
+        return report.summary(document)
+    except ImportError as error:
+        return f"No tables here: {error}. The file has all times."
+
+
+def _progress(cases: Sequence[Case]) -> Iterator[tuple[int, Case, Callable[[str], object]]]:
+    """The shapes with their positions and a function that prints a line.  On a terminal tqdm shows a bar, where it is installed."""
+    columns, lines = shutil.get_terminal_size()  # has a default for terminals that report no size
+    try:
+        from tqdm import tqdm
+
+        bar = tqdm(cases, unit="shape", disable=None, ncols=columns, nrows=lines)
+    except ImportError:
+        bar = None
+    if bar is None or bar.disable:
+        for index, case in enumerate(cases):
+            print(f"{index + 1} of {len(cases)}: {case.name}", flush=True)
+            yield index, case, partial(print, flush=True)
+        return
+    with bar:
+        for index, case in enumerate(bar):
+            bar.set_postfix_str(case.name)
+            yield index, case, bar.write
 
 
 def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Bench) -> int:
@@ -116,38 +146,33 @@ def _measure_all(document: Document, path: Path, arguments: Namespace, bench: Be
     shapes, done = document["asked"]["shapes"], {record["name"] for record in document["cases"]}
     cases = [case for case in CASES if case.name in shapes and case.name not in done]
     full = timing.QUICK if arguments.quick else timing.FULL
-    end = time.perf_counter() + _BUDGET[bench.device.type][arguments.quick] * len(cases) / len(shapes)
+    seconds = 60 * (arguments.minutes or 0) or _BUDGET[bench.device.type][arguments.quick]
+    end = time.perf_counter() + seconds * len(cases) / len(shapes)
     status = 0
-    columns, lines = shutil.get_terminal_size()  # has a default for terminals that report no size
-    # tqdm shows a bar on a terminal only: elsewhere a line for each shape.
-    with tqdm(cases, unit="shape", disable=None, ncols=columns, nrows=lines) as bar:
-        for index, case in enumerate(bar):
-            bar.set_postfix_str(case.name)
-            if bar.disable:
-                print(f"{index + 1} of {len(cases)}: {case.name}", flush=True)
-            left, begin = end - time.perf_counter(), time.perf_counter()
-            seconds = _TIMED * max(0.0, left) / (len(cases) - index)
-            effort = full._replace(seconds=min(full.seconds, seconds) / (2 if bench.on_gpu else 1))
-            skip_compile = left < _COMPILATION + _SHAPE * (len(cases) - index)
-            record = targets.shape_record(case, ceilings, len(document["sessions"]) - 1)
-            precision = providers.matmul_precision(case.precision, bench.device)
-            with recorded(record), precision, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Inductor warns about the machine and about torch
-                if case.suite == "distributed":
-                    distributed.measure_ranks(case, record, ceilings, bench.device, effort, arguments.provider)
-                else:
-                    measure(case, record, bench, effort, arguments.provider, skip_compile)
-            record["seconds"] = time.perf_counter() - begin
-            record["targets"] = targets.judge(case, record, bench.device.type)
-            document["cases"].append(record)
-            results.save(document, path)
-            for line in targets.failures(record):
-                status = 1
-                bar.write(f"  {case.name}: {line}")
-            failure: Record = {}
-            with recorded(failure):  # as after an illegal access or a broken capture
-                bench.free()
-            if failure:
-                bar.write(f"the device has failed: {failure['reason']}; the same command continues")
-                return 1
+    for index, case, say in _progress(cases):
+        left, begin = end - time.perf_counter(), time.perf_counter()
+        seconds = _TIMED * max(0.0, left) / (len(cases) - index)
+        effort = full._replace(seconds=min(full.seconds, seconds) / (2 if bench.on_gpu else 1))
+        skip_compile = left < _COMPILATION + _SHAPE * (len(cases) - index)
+        record = targets.shape_record(case, ceilings, len(document["sessions"]) - 1)
+        precision = providers.matmul_precision(case.precision, bench.device)
+        with recorded(record), precision, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Inductor warns about the machine and about torch
+            if case.suite == "distributed":
+                distributed.measure_ranks(case, record, ceilings, bench.device, effort, arguments.provider)
+            else:
+                measure(case, record, bench, effort, arguments.provider, skip_compile)
+        record["seconds"] = time.perf_counter() - begin
+        record["targets"] = targets.judge(case, record, bench.device.type)
+        document["cases"].append(record)
+        results.save(document, path)
+        for line in targets.failures(record):
+            status = 1
+            say(f"  {case.name}: {line}")
+        failure: Record = {}
+        with recorded(failure):  # as after an illegal access or a broken capture
+            bench.free()
+        if failure:
+            say(f"the device has failed: {failure['reason']}; the same command continues")
+            return 1
     return status

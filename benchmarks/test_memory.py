@@ -12,7 +12,7 @@ from vicreg_fast.sides import uses_dual
 
 from . import providers
 from .cases import CASES, Case, local, vicreg
-from .targets import size
+from .text import size
 from .timing import Bench, Step
 
 

@@ -1,6 +1,7 @@
 """Fixtures of every test: fixed seeds, new memory filled with NaN, and whether Triton is interpreted."""
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import re
@@ -12,6 +13,30 @@ import torch
 from torch import Tensor
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --test-seconds."""
+    words = (
+        "end the process of a test that takes longer, with its traceback: nothing else ends a kernel that hangs"
+    )
+    parser.addoption("--test-seconds", type=float, default=0.0, metavar="S", help=words)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Watch the test from a thread that needs no lock of Python's.  xdist reports a test whose process has ended as failed."""
+    seconds = item.config.getoption("test_seconds", 0.0)
+    if not seconds:
+        return (yield)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+STDERR = pytest.StashKey[int]()  # the file descriptor of the process's own stderr
+
+
 def selects_gpu(expression: str) -> bool:
     """Whether a marker expression (``-m``) asks for the tests that need a GPU."""
     return re.search(r"\bgpu\b", re.sub(r"\bnot\s+(gpu\b|\([^()]*\))", "", expression)) is not None
@@ -19,7 +44,12 @@ def selects_gpu(expression: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set up Triton before any test is imported: its own functions are built for the interpreter, or not, at import."""
+    config.stash[STDERR] = os.dup(2)  # as it is now: while a test runs, pytest captures it
     if selects_gpu(config.option.markexpr):
+        # What torch and Triton warn of differs by their versions and by the card.
+        config.addinivalue_line("filterwarnings", "default")
+        # With this warning the other backend takes the place of the kernels.
+        config.addinivalue_line("filterwarnings", "error:the Triton kernels cannot run")
         if not torch.cuda.is_available():
             raise pytest.UsageError(f"-m gpu needs a CUDA or ROCm device; torch {torch.__version__} sees none")
         os.environ.pop("TRITON_INTERPRET", None)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,18 +29,56 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_every_kernel_of_a_step_is_estimated(tmp_path: Path) -> None:
-    path = tmp_path / "estimate.json"
-    done = run("-m", "benchmarks", "estimate", "--shape", "2600000x64-bf16", "--json", str(path))
+SHAPE = "2600000x64-bf16"
+KERNELS = ["narrow_second_moment_forward", "splitk_reduction", "narrow_gradient"]
+# Half of the table's rate of a copy, and another number of SMs.
+CEILINGS = {
+    "copy_bytes_per_s": 2.15e12,
+    "operations_per_s": {"bf16": 790e12, "high": 395e12, "highest": 132e12},
+}
+
+
+def kernels_file(folder: Path) -> Path:
+    """A file of kernels' times that was written by hand: 100 us each, and one launch that the estimate has not."""
+    quantiles = {"q20": 99.0, "median": 100.0, "q80": 101.0}
+    kernels = [
+        {"kernel": name, "programs": 1, "rounds": 9, "microseconds": quantiles}
+        for name in [*KERNELS, "scatter"]
+    ]
+    shape = {"shape": SHAPE, "status": "timed", "reason": None, "microseconds": 400.0, "kernels": kernels}
+    document = {
+        "schema": "vicreg_fast.kernels",
+        "version": 1,
+        "fixture": "written by hand",
+        **dict.fromkeys(("date", "clocks", "commit")),
+        "machine": {"device": "NVIDIA Fake", "multiprocessors": 120, "capability": "9.0"},
+        "ceilings": CEILINGS,
+        "asked": [SHAPE],
+        "complete": True,
+        "shapes": [shape],
+    }
+    path = folder / "kernels.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def estimated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The estimate of a shape beside a file of kernels' times, which chooses the shape, and what was printed."""
+    folder = tmp_path_factory.mktemp("estimate")
+    path = folder / "estimate.json"
+    done = run("-m", "benchmarks", "estimate", "--json", str(path), "--against", str(kernels_file(folder)))
     assert done.returncode == 0, done.stderr
-    assert "nothing is measured" in done.stdout
     (shape,) = json.loads(path.read_text())["shapes"]
+    return shape, done.stdout
+
+
+def test_every_kernel_of_a_step_is_estimated(estimated: tuple[dict[str, Any], str]) -> None:
+    shape, output = estimated
+    assert "nothing is measured" in output
     assert set(shape) >= KEYS
-    names = [kernel["kernel"] for kernel in shape["kernels"]]
-    assert names == ["narrow_second_moment_forward", "splitk_reduction", "narrow_gradient"]
+    assert [kernel["kernel"] for kernel in shape["kernels"]] == KERNELS
     assert all(set(kernel) >= KERNEL_KEYS for kernel in shape["kernels"])
-    # Six passes over the elements at 4.3 TB/s.
-    assert shape["floor_microseconds"] == pytest.approx(6 * 2_600_000 * 64 * 2 / 4.3e6, rel=1e-3)
     assert shape["share"] == pytest.approx(shape["floor_microseconds"] / shape["microseconds"])
     assert shape["microseconds"] == pytest.approx(sum(kernel["microseconds"] for kernel in shape["kernels"]))
     forward, _, backward = shape["kernels"]
@@ -52,6 +91,27 @@ def test_every_kernel_of_a_step_is_estimated(tmp_path: Path) -> None:
     assert backward["narrowest_load_bytes"] == 16
     assert backward["async_copies"] > 0
     assert 1 < 32 * backward["warp_instructions"] / (2 * 2_600_000 * 64) < 100
+
+
+def test_every_kernel_stands_beside_its_measured_time(estimated: tuple[dict[str, Any], str]) -> None:
+    shape, output = estimated
+    assert "was not measured: written by hand" in output
+    times = {kernel["kernel"]: kernel["microseconds"] for kernel in shape["kernels"]}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+    for name, time in times.items():
+        assert [name, f"{time:.1f}", "100.0", f"{100 / time:.2f}"] in rows
+    assert ["scatter", "–", "100.0", "–"] in rows
+    total = shape["microseconds"]
+    assert ["sum", f"{total:.1f}", "400.0", f"{400 / total:.2f}"] in rows
+    assert f"measured 400 µs, {400 / total:.2f} of the estimate" in output
+
+
+def test_a_measured_cards_rates_take_the_place_of_the_tables(estimated: tuple[dict[str, Any], str]) -> None:
+    shape, output = estimated
+    assert "cuda:90, NVIDIA Fake (rates measured there" in output
+    assert shape["kernels"][0]["programs"] == 120  # one for each of its SMs
+    # Six passes over the elements at the measured rate of a copy.
+    assert shape["floor_microseconds"] == pytest.approx(6 * 2_600_000 * 64 * 2 / 2.15e6, rel=1e-3)
 
 
 def test_a_shape_of_a_cpu_is_refused() -> None:

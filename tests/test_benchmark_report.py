@@ -1,7 +1,9 @@
 """``python -m benchmarks report``: the files that it refuses, its tables and comparisons, README.md and docs/benchmarks.md."""
 
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import figures, machine, report, results, targets
+from benchmarks import text as words
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
 
@@ -92,6 +95,14 @@ def test_unusable_file_is_refused_with_the_reason(case: str, path: Path, capsys:
     assert not (path.parent / "out").exists()
 
 
+def test_without_jsonschema_a_file_is_read_and_that_is_said(
+    path: Path, document: results.Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.warns(UserWarning, match=re.escape(f"{path} is read without a check of its keys")):
+        assert results.load(path) == document
+
+
 def test_impossible_arguments_are_refused(path: Path, capsys: Capture) -> None:
     before = report.README.read_text()
     assert "two result files" in refused(capsys, "--compare", path)
@@ -152,7 +163,7 @@ def test_targets_are_met_or_missed() -> None:
     [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4e-6, "4 µs"), (9.996e-4, "1000 µs"), (1234.0, "1234 s")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert targets.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
@@ -170,8 +181,8 @@ def test_page_has_the_measured_numbers(path: Path, document: results.Document, c
     medians = {name: targets.seconds(record, name, "graph") for name in ("eager", "triton")}
     graph = text.partition("## Suite vicreg, mode graph")[2].partition("<details>")[0]
     row = dict(zip(cells(graph, "| shape"), cells(graph, "| 256x8192-highest"), strict=True))
-    assert row["eager"] == targets.duration(medians["eager"])
-    assert row["triton"] == targets.duration(medians["triton"])
+    assert row["eager"] == words.duration(medians["eager"])
+    assert row["triton"] == words.duration(medians["triton"])
     assert row["speed-up over eager"] == f"{medians['eager'] / medians['triton']:.3g}x"
     assert row["% of roofline"] == f"{100 * record['floor']['both']['seconds'] / medians['triton']:.3g}%"
     assert row["samples/s"] == f"{256 / medians['triton']:,.0f}"

@@ -1,5 +1,6 @@
 """``python -m benchmarks run`` on a CPU: what it writes, continues, records and refuses."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,18 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / f"{path.stem}-2.json").exists()
 
 
+def test_without_the_packages_of_reports_a_run_measures_and_has_no_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for package in ("tqdm", "tabulate"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert run_shapes(tmp_path, TINY, "--provider", "eager", "aten") == 0
+    out = capsys.readouterr().out
+    assert f"1 of 1: {TINY}\n" in out
+    assert "No tables here: " in out
+    assert written(tmp_path)["cases"][0]["providers"]["aten"]["modes"]["launch"]["both"]["median"] > 0
+
+
 # -- arguments ----------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +280,8 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.
         (["--suite", "vicreg,bert"], ["'bert'", *SUITES]),
         (["--suite", ""], ["''", "vicreg"]),
         (["--out", ""], ["--out", "''"]),
+        (["--minutes", "0"], ["--minutes", "positive", "'0'"]),
+        (["--minutes", "nan"], ["--minutes", "positive", "'nan'"]),
         (["--out", __file__], [__file__]),
         (["--provider", "numpy"], ["'numpy'", *providers.names()]),
         (["--suite", "matching", "--shape", TINY], ["matching", "cpu"]),
@@ -319,7 +334,9 @@ def test_compilation_is_skipped_where_too_little_time_is_left(
     for seconds in (30.0, 40.0):  # torch.compile takes up to 30 s, and the shape 2 s
         monkeypatch.setattr(run, "_BUDGET", {"cpu": (0.0, seconds)})
         assert run_shapes(tmp_path, TINY) == 0
-    assert skipped == [True, False]
+    for minutes in ("0.5", "0.7"):  # 30 s and 42
+        assert run_shapes(tmp_path, TINY, "--minutes", minutes) == 0
+    assert skipped == [True, False, True, False]
     case = next(case for case in CASES if case.compiled)
     assert "no time is left" in str(dict(providers.providers(case, CPU, skip_compile=True))["compile"].reason)
 

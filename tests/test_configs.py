@@ -1,24 +1,17 @@
-"""Which backend runs, which configuration a kernel is launched with, how tiles are split, and the search for better ones."""
+"""Which backend runs, which configuration a kernel is launched with, and how tiles are split."""
 
 import itertools
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from vicreg_fast import backends, functional
+from vicreg_fast import backends
 from vicreg_fast.backends.triton import configs, splitk
-from vicreg_fast.backends.triton.configs import Key, Moments, Product
+from vicreg_fast.backends.triton.configs import Key, Product
 
-from .data import U
-
-autotune: Any = pytest.importorskip("vicreg_fast.backends.triton.autotune")
+pytest.importorskip("triton")
 
 SIZES = [1, 2, 16, 17, 64, 65, 300, 2048, 10**5, 3 * 10**6]
 
@@ -120,95 +113,3 @@ def test_tiles_that_would_leave_sms_idle_are_split() -> None:
     _, splits, length = splitk.split(1, 2_600_000, Product(64, 32, ctas_per_sm=2), 132, False)
     assert splits == 264
     assert length < 10_000
-
-
-# -- search -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A search is asked for; its file."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("VICREG_FAST_AUTOTUNE", "1")
-    monkeypatch.setenv("VICREG_FAST_AUTOTUNE_FILE", str(tmp_path / "cache" / "configs.jsonl"))
-    monkeypatch.setattr(configs, "tuned_configs", {})
-    monkeypatch.setattr(autotune, "_files_read", set())
-    return tmp_path / "cache" / "configs.jsonl"
-
-
-WANTED = {
-    "moments": Moments(32, 32, 4),
-    "gram": Product(32, 32, 8, 2, 2),
-    "gradient": configs.Gradient(32, 64, 16, 4, 2),
-}
-
-
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Fake times, of which WANTED's are the shortest.  Returns the configurations that were timed."""
-    from triton.runtime.errors import OutOfResources
-
-    tried: list[Any] = []
-
-    def milliseconds(run: Any) -> float:
-        tried.append(dict(configs.tuned_configs))
-        current = {key.kernel: config for key, config in configs.tuned_configs.items()}
-        if any(getattr(config, "stages", 0) == 4 for config in current.values()):
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return 3.0 - sum(current.get(kernel) == config for kernel, config in WANTED.items())
-
-    monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
-    return tried
-
-
-def gradient_of(x: Tensor) -> Tensor:
-    x = x.clone().requires_grad_()
-    terms = functional.vicreg_terms(x, x.detach() + 0.1, backend="triton")
-    return torch.autograd.grad(sum(terms), x)[0]
-
-
-def test_a_search_finds_the_fastest_and_writes_it_down(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = timed(monkeypatch)
-    x = torch.randn(20, 96)
-    gradient_of(x)
-    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
-    lines = [json.loads(line) for line in search.read_text().splitlines()]
-    assert [line["key"][3] for line in lines] == ["moments", "gram", "gradient"]
-    assert all(line["ms"] < line["table_ms"] for line in lines)
-    # The next call, and the next process, search no more.
-    count = len(tried)
-    gradient_of(x)
-    configs.tuned_configs.clear()
-    autotune._files_read.clear()
-    gradient_of(x)
-    assert len(tried) == count
-    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
-
-
-def test_a_search_changes_no_result(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(20, 96)
-    timed(monkeypatch)
-    grad = gradient_of(x)
-    monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
-    configs.tuned_configs.clear()
-    # Other tiles add in another order: a few roundings, as in data.py.
-    assert (grad - gradient_of(x)).norm() <= 8 * U * grad.norm()
-
-
-@pytest.mark.parametrize(
-    "line", ['{"key": [1, 2]}', '{"key": ["sm90", 1', "", "[]"], ids=["short", "cut", "empty", "list"]
-)
-def test_a_broken_line_is_named_and_left_out(line: str, search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed(monkeypatch)
-    search.parent.mkdir()
-    search.write_text(line + "\n")
-    with pytest.warns(UserWarning, match=r"configs\.jsonl, line 1, is no row of a search and is left out"):
-        gradient_of(torch.randn(20, 96))
-    assert {key.kernel: config for key, config in configs.tuned_configs.items()} == WANTED
-
-
-def test_no_search_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("0", ""):
-        monkeypatch.setenv("VICREG_FAST_AUTOTUNE", value)
-        assert not autotune.enabled()
-    monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
-    assert not autotune.enabled()

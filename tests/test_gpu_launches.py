@@ -184,6 +184,7 @@ torch.cuda.synchronize()
 """
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer on PATH")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

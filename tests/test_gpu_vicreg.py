@@ -156,6 +156,7 @@ def needs_free(gigabytes: float) -> None:
 
 
 # 5 GiB each of x and its gradient, and of what the backend may copy of either view.
+@pytest.mark.alone
 def test_more_elements_than_32_bits_count(clean_memory: None) -> None:
     needs_free(24)
     N, D, last = 2_600_000, 1024, 1000
@@ -190,6 +191,7 @@ FAR_APART: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("which", FAR_APART)
 def test_strides_that_pass_32_bits(which: str, clean_memory: None) -> None:
     needs_free(7)

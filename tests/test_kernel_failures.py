@@ -107,6 +107,7 @@ def raised(error: Exception, *modules: str) -> Exception:
 
 
 LAUNCHER, TRITON = "vicreg_fast.backends.triton.launch_vicreg", "triton.runtime.jit"
+RECORDER = "vicreg_fast.backends.triton.launch_timing"
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ LAUNCHER, TRITON = "vicreg_fast.backends.triton.launch_vicreg", "triton.runtime.
         ((LAUNCHER, TRITON, "subprocess"), True),  # Triton calls a C compiler
         ((LAUNCHER,), False),
         ((LAUNCHER, "torch"), False),
-        (("vicreg_fast.backends.triton.autotune", "triton.testing", LAUNCHER), False),
-        (("vicreg_fast.backends.triton.autotune", "triton.testing", LAUNCHER, "torch"), False),
-        (("vicreg_fast.backends.triton.autotune", "triton.testing", LAUNCHER, TRITON), True),
+        ((LAUNCHER, TRITON, RECORDER), False),
+        ((LAUNCHER, TRITON, RECORDER, "torch"), False),
+        ((LAUNCHER, TRITON, RECORDER, TRITON), True),
         ((LAUNCHER, "tritonclient.http"), False),
     ],
 )

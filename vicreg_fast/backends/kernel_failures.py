@@ -64,7 +64,7 @@ def _has_another_cause(error: BaseException) -> bool:
 def _raised_by_triton(error: Exception) -> bool:
     """Whether the library's innermost function was in a call of Triton when the error was raised.
 
-    Not only whether Triton occurs in the traceback: its timing of candidates calls the library back.
+    Not only whether Triton occurs in the traceback: a launch that is recorded calls the library back (launch_timing.py).
     """
     package = __name__.partition(".")[0]
     by_triton, traceback = False, error.__traceback__

@@ -129,6 +129,7 @@ def match(
         return autotune.tuned(
             lambda: [launch_matching.key(maps, device)],
             lambda: launch_matching.match(maps, locations, counts, match_order, per_slot, device),
+            lambda matches: launch_matching.squared_distances(maps, locations, counts, per_slot, matches),
         )
 
 

@@ -1,29 +1,39 @@
-"""A search for configurations on the machine where the library runs: ``VICREG_FAST_AUTOTUNE=1``.
+"""Configurations that a search found on the machine where the library runs.
 
-The first call with a new shape compiles and times every candidate of each of its kernels.  The fastest is used from then on
-and appended to a file, ``VICREG_FAST_AUTOTUNE_FILE`` or ``~/.cache/vicreg_fast/configs.jsonl``, which later processes with
-the variable set read.  A line is a row for the tables of configs.py: its key, its configuration, and the milliseconds that
-the pass took with it and with the table's own.  In a job of several processes, let one process search first: the others
+``VICREG_FAST_AUTOTUNE=1``: the first call with a new shape compiles and times candidates for each of its kernels (search.py).
+The fastest is used from then on and appended to a file, ``VICREG_FAST_AUTOTUNE_FILE`` or
+``~/.cache/vicreg_fast/configs.jsonl``.  ``VICREG_FAST_AUTOTUNE_FILE`` alone: the rows of that file are used, and nothing is
+searched.
+
+A line of the file is a row for the tables of configs.py: its key, its configuration, and the milliseconds on the device of
+the pass's kernels with it and with the table's own.  In a job of several processes, let one process search first: the others
 would wait for it at their next collective.
 """
 
-import itertools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from triton.errors import TritonError
-from triton.testing import do_bench
+from torch import Tensor
 
-from . import configs
+from . import candidates, configs, search
+from .launch_timing import GraphTimer, Timer
 
 Result = TypeVar("Result")
+# Searches for the configurations of keys by running a pass, whose results that must agree the last argument returns.
+Tuner = Callable[[list[configs.Key], Callable[[], Any], Callable[[Any], list[Tensor]]], None]
 
+_FILE = "VICREG_FAST_AUTOTUNE_FILE"
 _files_read: set[Path] = set()
+_tuner: Tuner | None = None  # that of searching()
+# Only one thread searches at a time: timings would disturb each other.
+_LOCK = threading.Lock()
 
 
 def enabled() -> bool:
@@ -33,23 +43,48 @@ def enabled() -> bool:
 
 def file() -> Path:
     """The file that rows are written to and read from."""
-    path = os.environ.get("VICREG_FAST_AUTOTUNE_FILE")
+    path = os.environ.get(_FILE)
     return Path(path) if path else Path.home() / ".cache" / "vicreg_fast" / "configs.jsonl"
 
 
-def tuned(keys: Callable[[], list[configs.Key]], run: Callable[[], Result]) -> Result:
-    """``run()``, with the fastest configuration of every key if a search was requested."""
-    if not enabled():
-        return run()
-    if file() not in _files_read:
-        configs.tuned_configs.update(rows())
-        _files_read.add(file())
-    # A search synchronises, which is not allowed while a graph is captured.
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        for key in keys():
-            if key not in configs.tuned_configs:
-                _search(key, run)
+@contextmanager
+def searching(tuner: Tuner) -> Iterator[None]:
+    """Every pass calls this tuner first, whatever the environment says."""
+    global _tuner
+    before, _tuner = _tuner, tuner
+    try:
+        yield
+    finally:
+        _tuner = before
+
+
+def tuned(
+    keys: Callable[[], list[configs.Key]],
+    run: Callable[[], Result],
+    values: Callable[[Result], list[Tensor]] = search.tensors_in,
+) -> Result:
+    """``run()``, with the fastest configuration of every key if a search was requested or its file is named.
+
+    ``values``: tensors of the result that agree, up to rounding, for all configurations.
+    """
+    if _tuner is not None:
+        _tuner(keys(), run, values)
+    elif enabled():
+        _read()
+        _search_missing(keys(), run, values)
+    elif os.environ.get(_FILE):
+        _read()
     return run()
+
+
+def _read() -> None:
+    """Use the rows of the file, which is read once."""
+    if file() in _files_read:
+        return
+    _files_read.add(file())
+    if not enabled() and not file().exists():
+        warnings.warn(f"{_FILE} names {file()}, which does not exist: no row of it is used", stacklevel=4)
+    configs.tuned_configs.update(rows())
 
 
 def rows() -> dict[configs.Key, Any]:
@@ -66,62 +101,51 @@ def rows() -> dict[configs.Key, Any]:
     return configurations
 
 
-def candidates(kernel: str) -> Iterator[Any]:
-    """Every configuration that a search tries."""
-    if kernel == "moments":
-        for block_n, block_d, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
-            if 1024 <= block_n * block_d <= 8192:
-                yield configs.Moments(block_n, block_d, warps)
-    elif kernel == "matching":
-        for tile, block_k, warps, stages in itertools.product((32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)):
-            yield configs.Matching(tile, block_k, warps, stages)
-    elif kernel == "local":
-        for block_d, warps in itertools.product((16, 32, 64, 128), (4, 8)):
-            yield configs.Local(block_d, warps)
-    elif kernel == "local_gradient":
-        for block_l, block_d, warps in itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8)):
-            if block_l * block_d <= 8192:
-                yield configs.LocalGradient(block_l, block_d, warps)
-    elif kernel == "gradient":
-        tiles = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
-        for (block_n, block_d), block_k, warps, stages in itertools.product(
-            tiles, (16, 32, 64), (4, 8), (2, 3, 4)
-        ):
-            yield configs.Gradient(block_n, block_d, block_k, warps, stages)
-    elif kernel == "narrow_gradient":
-        for block_n, warps, stages, ctas_per_sm in itertools.product(
-            (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4)
-        ):
-            yield configs.NarrowGradient(block_n, warps, stages, ctas_per_sm)
-    else:
-        for block_m, block_k, warps, stages in itertools.product(
-            (32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4)
-        ):
-            for ctas_per_sm in (1, 2, 4) if block_m < 128 else (1, 2):
-                yield configs.Product(block_m, block_k, warps, stages, ctas_per_sm)
+def _timer() -> Timer | None:
+    """What times launches on the current device; None where a search cannot run now."""
+    # A search synchronises, which is not allowed while a graph is captured.
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return None
+    return GraphTimer(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _search(key: configs.Key, run: Callable[[], object]) -> None:
-    """Find the fastest configuration of a key, use it from now on, and write it to the file."""
-    before = _milliseconds(run)
-    best, fastest = configs.from_table(key), before
-    try:
-        for candidate in candidates(key.kernel):
-            configs.tuned_configs[key] = candidate
-            try:
-                time = _milliseconds(run)
-            except (TritonError, RuntimeError):
-                continue  # it needs more shared memory, registers or memory than there is
-            if time < fastest:
-                best, fastest = candidate, time
-    finally:  # an interrupted search leaves nothing behind
-        configs.tuned_configs.pop(key, None)
-    configs.tuned_configs[key] = best
-    line = {"key": key, "config": best._asdict(), "ms": fastest, "table_ms": before}
-    file().parent.mkdir(parents=True, exist_ok=True)
-    with file().open("a") as lines:
+def _search_missing(
+    keys: list[configs.Key], run: Callable[[], Any], values: Callable[[Any], list[Tensor]]
+) -> None:
+    """Search for the configuration of each key that has none, one after the other, and write it to the file."""
+    if all(key in configs.tuned_configs for key in keys):
+        return
+    with _LOCK:
+        timer = _timer()
+        if timer is None:
+            return
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for key in keys:
+            if key not in configs.tuned_configs:
+                trials = search.search(key, candidates.candidates(key), run, timer, device, values)
+                _keep(key, trials)
+
+
+def _keep(key: configs.Key, trials: list[search.Trial]) -> None:
+    """Use the fastest of the trials from now on, and append it to the file.  Warn of wrong results, which nothing explains."""
+    best = search.fastest(trials)
+    configs.tuned_configs[key] = best.config
+    wrong = [trial for trial in trials if trial.reason is not None and trial.reason.startswith("wrong")]
+    if wrong:
+        warnings.warn(
+            f"{len(wrong)} of {len(trials)} configurations of {key.kernel} are left out, such as {wrong[0].config}: "
+            f"{wrong[0].reason}",
+            stacklevel=2,
+        )
+    append(file(), key, best, trials[0])
+
+
+def append(path: Path, key: configs.Key, best: search.Trial, table: search.Trial) -> None:
+    """Append a row to a file: a key's best trial, and that of the table's configuration."""
+    assert best.time is not None
+    assert table.time is not None
+    ms, table_ms = 1e3 * best.time.median, 1e3 * table.time.median
+    line = {"key": key, "config": best.config._asdict(), "ms": ms, "table_ms": table_ms}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lines:
         lines.write(json.dumps(line) + "\n")
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    return float(do_bench(run, warmup=5, rep=20, return_mode="median"))

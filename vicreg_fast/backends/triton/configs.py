@@ -2,7 +2,7 @@
 
 Nothing here was measured on a GPU yet.  The sizes are those that compile without a defect on every target of an architecture
 (``python -m benchmarks resources``), chosen by the traffic that each size implies.  ``VICREG_FAST_AUTOTUNE=1`` searches on
-the machine where the library runs, see autotune.py.
+the machine where the library runs, see autotune.py; ``python -m benchmarks tune`` writes rows for this file.
 """
 
 import functools

@@ -104,6 +104,32 @@ def _sort_by_query(index: Tensor, B: int, counts: Sequence[int], kinds: int, per
         views[::2] = query
 
 
+def squared_distances(
+    maps: Sequence[Tensor], locations: Sequence[Tensor], counts: Sequence[int], per_slot: bool, matches: Matches
+) -> list[Tensor]:
+    """Squared distances of each match set, float64, (B, m), each image's in ascending order.
+
+    Where two candidates are equally near up to rounding, configurations may choose either, and in either order.
+    """
+    B, first, found = maps[0].shape[0], 0, []
+    image = torch.arange(B, device=maps[0].device)[:, None]
+    for both_maps in [locations, maps] if locations else [maps]:
+        direction = 0
+        for shape in index_shapes(B, counts, per_slot):
+            views = matches.match_index[first : first + math.prod(shape)].view(shape)
+            first += math.prod(shape)
+            for pair in views.view(-1, 2, *shape[1:]):
+                pair_maps = (both_maps[direction], both_maps[1 - direction])
+                # An index out of bounds would stop the device: it counts as the last patch.
+                x, y = (
+                    z[image, (index.T if per_slot else index).clamp(0, z.shape[1] - 1)].double()
+                    for z, index in zip(pair_maps, pair, strict=True)
+                )
+                found.append((x - y).square().sum(-1).sort(-1).values)
+                direction += 1
+    return found
+
+
 def match_distances(queries: Tensor, candidates: Tensor, matches: Tensor, device: Device) -> Tensor:
     """Euclidean distances (B, m) of matches (2, B, m)."""
     _, B, m = matches.shape
