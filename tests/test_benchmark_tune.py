@@ -17,7 +17,6 @@ from vicreg_fast.backends.triton.launch_timing import Times
 from . import fake_device
 from .interpreted import import_interpreted
 
-pytest.importorskip("pandas")
 sift: Any = import_interpreted("benchmarks.sift")
 tune: Any = import_interpreted("benchmarks.tune")
 tune_process: Any = import_interpreted("benchmarks.tune_process")
