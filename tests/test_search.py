@@ -178,13 +178,14 @@ def test_the_table_stays_where_the_rounds_overlap() -> None:
     assert search.fastest([table, apart]) is apart
 
 
-def test_candidates_are_timed_on_the_tables_tensors_where_they_fit(fake_pass: FakePass) -> None:
+def test_candidates_are_timed_on_earlier_tensors_where_they_fit(fake_pass: FakePass) -> None:
     # Each candidate's own buffers would take the memory of as many steps.
-    fake_pass.buffers = [torch.zeros(8), torch.zeros(8), torch.zeros(9)]
-    fake_pass.search(A, B)
+    fake_pass.buffers = [torch.zeros(8), torch.zeros(8), torch.zeros(9), torch.zeros(9)]
+    fake_pass.search(A, B, C)
     timed = [launch.arguments["buffer"] for launch in fake_pass.captured_launches if launch.name == "own"]
-    assert [buffer.shape[0] for buffer in timed] == [8, 8, 9]
+    assert [buffer.shape[0] for buffer in timed] == [8, 8, 9, 9]
     assert timed[1] is timed[0]
+    assert timed[3] is timed[2]
 
 
 def compilation_error() -> Exception:
