@@ -45,6 +45,9 @@ _COMPILING, _TIMING, _LONGEST_TIMING = 0.6, 0.2, 2.0
 # Of all the time, at most, for the estimates that decide the order.
 _PLANNING = 0.25
 _RESERVE = 1.0  # seconds for the end
+# Candidates of a kernel that may end the process.  To start it again takes about ten seconds, and a kernel of which more
+# crash has a mistake of its own.
+_MOST_CRASHES = 3
 
 
 class Task(NamedTuple):
@@ -189,6 +192,9 @@ def time_candidates(
             return [], answer.reason
         remaining.remove(answer.config)
         crashed.append(Trial(answer.config, reason=f"crashed: {answer.reason}"))
+        if len(crashed) > _MOST_CRASHES:
+            named = ", ".join(repr(trial.config) for trial in crashed)
+            return [], f"{len(crashed)} candidates ended the process: {named}; the last: {answer.reason}"
 
 
 def tune(

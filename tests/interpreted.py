@@ -7,7 +7,7 @@ import pytest
 
 
 def import_interpreted(name: str) -> ModuleType:
-    """The module.  Skips the test module where Triton compiles, in a run of the GPU's tests, and without the package."""
+    """The module.  Skips the test module where Triton compiles, in a run of the GPU's tests, or where a package is missing."""
     pytest.importorskip("triton")
     language = importlib.import_module("triton.language")
     kind = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
@@ -15,4 +15,4 @@ def import_interpreted(name: str) -> ModuleType:
         pytest.skip("Triton is no interpreter in a run of the GPU's tests", allow_module_level=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        return importlib.import_module(name)
+        return pytest.importorskip(name)  # type: ignore[no-any-return]

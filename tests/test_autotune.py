@@ -131,8 +131,13 @@ def test_wrong_configurations_are_warned_of(
     assert not set(used().values()) & set(WANTED.values())
 
 
-def test_no_search_where_nothing_can_be_timed(requested: Path) -> None:
-    # The interpreter, and a CUDA graph that is captured.
+@pytest.mark.parametrize("captures", [False, True], ids=["without a GPU", "while a graph is captured"])
+def test_no_search_where_nothing_can_be_timed(
+    captures: bool, requested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if captures:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gradient_of(torch.randn(20, 96))
     assert used() == {}
     assert not requested.exists()

@@ -15,7 +15,6 @@ from vicreg_fast.backends.triton.configs import Gradient, Key, Product
 
 from .interpreted import import_interpreted
 
-pytest.importorskip("pandas")
 sift: Any = import_interpreted("benchmarks.sift")
 
 GOAL = sift.Goal("cuda:90", configs.Device("sm90", 132))

@@ -17,7 +17,6 @@ from vicreg_fast.backends.triton.launch_timing import Times
 from . import fake_device
 from .interpreted import import_interpreted
 
-pytest.importorskip("pandas")
 sift: Any = import_interpreted("benchmarks.sift")
 tune: Any = import_interpreted("benchmarks.tune")
 tune_process: Any = import_interpreted("benchmarks.tune_process")
@@ -144,6 +143,16 @@ def trial(config: Any, seconds: float) -> Trial:
 def test_time_that_is_over_is_not_a_crash() -> None:
     device: Any = Device(tune_process.Lost(A, "no time left", in_time=False))
     assert tune.time_candidates(device, SHAPE, KEY, [A], 1.0, 0.0) == ([], "no time left")
+
+
+def test_candidates_that_keep_crashing_are_an_error() -> None:
+    tried = [A, B, C, A._replace(stages=2), B._replace(stages=2)]
+    device: Any = Device(*(tune_process.Lost(config, "an illegal memory access") for config in tried))
+    trials, error = tune.time_candidates(device, SHAPE, KEY, tried, 1.0, 0.0)
+    assert trials == []
+    assert error is not None
+    assert error.startswith(f"4 candidates ended the process: {A!r}, {B!r}")
+    assert [len(job.candidates) for job in device.asked] == [5, 4, 3, 2]
 
 
 def test_a_table_that_crashes_is_an_error() -> None:

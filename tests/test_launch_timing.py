@@ -90,15 +90,25 @@ def test_equal_work_is_recognised() -> None:
     assert all(a.work != b.work for a, b in zip(first, other, strict=True))
 
 
-def test_a_launch_takes_the_tensors_of_another_where_they_fit() -> None:
-    first, second = recorded_step(), recorded_step()
-    second[0].arguments["row_sq_norms_ptr"] = torch.zeros(7)
-    shared = second[0].with_tensors_of(first[0])
-    assert shared.arguments["operand_ptr"] is first[0].arguments["operand_ptr"]
-    assert shared.arguments["partials"].column_ptr is first[0].arguments["partials"].column_ptr
-    assert type(shared.arguments["partials"]) is type(first[0].arguments["partials"])
-    assert shared.arguments["row_sq_norms_ptr"] is second[0].arguments["row_sq_norms_ptr"]
-    assert shared.work == second[0].work
+def test_a_launch_takes_the_tensors_of_earlier_ones_where_they_fit() -> None:
+    tensors: dict[Any, Tensor] = {}
+    first, second, third = ([launch.sharing(tensors) for launch in made] for made in (
+        recorded_step(), with_other_norms(recorded_step()), with_other_norms(recorded_step())
+    ))  # fmt: skip
+    assert second[0].arguments["operand_ptr"] is first[0].arguments["operand_ptr"]
+    assert second[0].arguments["partials"].column_ptr is first[0].arguments["partials"].column_ptr
+    assert type(second[0].arguments["partials"]) is type(first[0].arguments["partials"])
+    # The table's is of another shape; that of the launch before fits.
+    assert second[0].arguments["row_sq_norms_ptr"].shape == (7,)
+    assert third[0].arguments["row_sq_norms_ptr"] is second[0].arguments["row_sq_norms_ptr"]
+    # What a kernel reads is what the kernel before it in the same pass wrote.
+    assert first[1].arguments["operand_ptr"] is first[0].arguments["operand_ptr"]
+    assert [launch.work for launch in second] == [launch.work for launch in third]
+
+
+def with_other_norms(launches: list[Any]) -> list[Any]:
+    launches[0].arguments["row_sq_norms_ptr"] = torch.zeros(7)
+    return launches
 
 
 # -- rounds ---------------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def test_blocks_are_not_larger_than_what_they_cover() -> None:
     assert {config.stages for config in covering} == {2}
 
 
+@pytest.mark.parametrize("kernel", ["gram", "gradient"])
+def test_a_thread_has_neither_too_many_sums_nor_too_few(kernel: str) -> None:
+    for config in candidates.candidates(key_of(kernel, 2048, 8192)):
+        elements = config.block_m**2 if kernel == "gram" else config.block_n * config.block_d
+        assert 8 <= elements / (32 * config.warps) <= 128
+
+
 def test_candidates_nearest_to_the_table_come_first() -> None:
     key = key_of("gradient", 2048, 8192)
     table, (first, *_, last) = configs.from_table(key), candidates.candidates(key)
@@ -97,6 +104,8 @@ class FakePass:
         self.host: dict[Any, float] = {}
         self.tried: list[Any] = []
         self.captured: list[str] = []
+        self.captured_launches: list[Any] = []
+        self.buffers: list[Tensor] = []  # one for each pass
         self.launches: list[Any] = []
 
         @contextmanager
@@ -114,6 +123,8 @@ class FakePass:
         time.sleep(self.host.get(config, 0.0))
         compiled = SimpleNamespace(n_spills=self.spills.get(config, 0))
         work = {"config": config, "seconds": self.seconds.get(config, 9.0)}
+        if self.buffers:
+            work["buffer"] = self.buffers[len(self.tried) - 1]
         self.launches.append(launch_timing.Launch(FakeKernel("own"), (1,), work, compiled))
         other = {"seconds": self.neighbours.get(config, 1.0)}
         self.launches.append(launch_timing.Launch(FakeKernel("next"), (1,), other))
@@ -121,6 +132,7 @@ class FakePass:
 
     def capture(self, launch: Any) -> Callable[[], float]:
         self.captured.append(launch.name)
+        self.captured_launches.append(launch)
         return lambda: float(launch.arguments["seconds"])
 
     def search(self, *tried: Any) -> list[Any]:
@@ -156,6 +168,24 @@ def test_kernels_beside_count_where_a_configuration_changes_them(fake_pass: Fake
 
 def test_the_table_stays_where_nothing_is_faster(fake_pass: FakePass) -> None:
     assert search.fastest(fake_pass.search(C)).config == TABLE
+
+
+def test_the_table_stays_where_the_rounds_overlap() -> None:
+    table = search.Trial(TABLE, launch_timing.Times(5.0, 4.8, 5.2))
+    near = search.Trial(A, launch_timing.Times(4.7, 4.6, 4.9))
+    apart = search.Trial(B, launch_timing.Times(4.7, 4.6, 4.75))
+    assert search.fastest([table, near]) is table
+    assert search.fastest([table, apart]) is apart
+
+
+def test_candidates_are_timed_on_earlier_tensors_where_they_fit(fake_pass: FakePass) -> None:
+    # Each candidate's own buffers would take the memory of as many steps.
+    fake_pass.buffers = [torch.zeros(8), torch.zeros(8), torch.zeros(9), torch.zeros(9)]
+    fake_pass.search(A, B, C)
+    timed = [launch.arguments["buffer"] for launch in fake_pass.captured_launches if launch.name == "own"]
+    assert [buffer.shape[0] for buffer in timed] == [8, 8, 9, 9]
+    assert timed[1] is timed[0]
+    assert timed[3] is timed[2]
 
 
 def compilation_error() -> Exception:

@@ -50,13 +50,17 @@ class Launch(NamedTuple):
         described = [(name, *_described(value)) for name, value in self.arguments.items()]
         return (self.name, self.grid, *described)
 
-    def with_tensors_of(self, other: "Launch") -> "Launch":
-        """This launch on another's tensors wherever they have the same place, shape and type.
+    def sharing(self, tensors: dict[Hashable, Tensor]) -> "Launch":
+        """This launch on the tensors that an earlier launch of its kernel had at the same place, where they fit.
 
-        Many configurations of one pass then need hardly more memory than one.
+        ``tensors`` has those of earlier launches, and gets the others.  Many configurations of one pass then need hardly more
+        memory than one.
         """
-        replaced = {name: _replaced(value, other.arguments.get(name)) for name, value in self.arguments.items()}
-        return self._replace(arguments=replaced)
+        return self._replace(
+            arguments={
+                name: _shared(value, (self.name, name), tensors) for name, value in self.arguments.items()
+            }
+        )
 
 
 def kernel_name(kernel: Any) -> str:
@@ -73,11 +77,11 @@ def _described(value: Any) -> tuple[Hashable, ...]:
     return (type(value).__name__, str(value))
 
 
-def _replaced(value: Any, other: Any) -> Any:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return other if _described(value) == _described(other) else value
-    if isinstance(value, tuple) and type(value) is type(other) and len(value) == len(other):
-        members = [_replaced(mine, theirs) for mine, theirs in zip(value, other, strict=True)]
+def _shared(value: Any, place: tuple[Hashable, ...], tensors: dict[Hashable, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return tensors.setdefault((place, _described(value)), value)
+    if isinstance(value, tuple):
+        members = [_shared(member, (*place, k), tensors) for k, member in enumerate(value)]
         return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
     return value
 

@@ -100,6 +100,7 @@ def search(
     before = configs.tuned_configs.get(key)
     trials: list[Trial] = []
     made: dict[int, list[Launch]] = {}  # the launches of each trial that can be timed
+    tensors: dict[Hashable, Tensor] = {}
     expected: list[Tensor] = []
     try:
         for config in [table, *candidates]:
@@ -121,7 +122,7 @@ def search(
             reason = _objection(launches, values(result), expected, is_table=position == 0)
             trials.append(Trial(config, reason=reason))
             if reason is None:
-                made[position] = [_on_tensors_of(launch, made.get(0, launches)) for launch in launches]
+                made[position] = [launch.sharing(tensors) for launch in launches]
     finally:  # an interrupted search leaves nothing behind
         if before is None:
             configs.tuned_configs.pop(key, None)
@@ -149,11 +150,6 @@ def disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str | 
     if error <= TOLERANCE:
         return None
     return f"wrong: {error:.1e} from the table's results, {TOLERANCE:.0e} allowed"
-
-
-def _on_tensors_of(launch: Launch, others: Sequence[Launch]) -> Launch:
-    """A launch on the tensors of the same kernel of another pass."""
-    return next((launch.with_tensors_of(other) for other in others if other.name == launch.name), launch)
 
 
 def timed(
