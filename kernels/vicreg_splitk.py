@@ -35,12 +35,12 @@ def _column_mean(
 
 
 @triton.jit
-def _chunk_means(chunk_sums_ptr, k, splits, problem, problems, d, D, n, base, mean):
-    """Of columns d in chunks k: (m_k - s_k, m_k - m, root of q), each (BLOCK_C, columns), float64."""
+def _chunk_means(chunk_sums_ptr, k, splits, problem, problems, d, D, inverse_n, base, mean):
+    """Of columns d in chunks k: (m_k - s_k, m_k - m, root of q), each (BLOCK_C, columns), float64; inverse_n: 1 / n_k."""
     sums = chunk_sums_ptr + ((k.to(tl.int64) * problems + problem) * 3 * D)[:, None] + d[None, :]
     mask = (k < splits)[:, None] & (d < D)[None, :]
     s = tl.load(sums, mask=mask, other=0.0).to(tl.float64)
-    t = tl.load(sums + D, mask=mask, other=0.0).to(tl.float64) / n[:, None]
+    t = tl.load(sums + D, mask=mask, other=0.0).to(tl.float64) * inverse_n[:, None]
     q = tl.load(sums + 2 * D, mask=mask, other=0.0).to(tl.float64)
     return t, tl.where(mask, s - base[None, :] + t - mean[None, :], 0.0), q
 
@@ -72,11 +72,14 @@ def _reduce_covariance(
         k = start + tl.arange(0, BLOCK_C)
         S = _load_splits(split_ptr, k, splits, BLOCK_M)
         n = tl.maximum(tl.minimum(split_length, N - k * split_length), 1).to(tl.float64)
-        t_r, b_r, q = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, row, D, n, base_r, mean_r)
-        t_c, b_c, _ = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, column, D, n, base_c, mean_c)
-        between = b_r[:, :, None] * b_c[:, None, :] - t_r[:, :, None] * t_c[:, None, :]
-        acc += S + (n[:, None, None] * between).to(tl.float32)
+        inverse_n = 1.0 / n
+        t_r, b_r, q = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, row, D, inverse_n, base_r, mean_r)
+        t_c, b_c, _ = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, column, D, inverse_n, base_c, mean_c)
         square += q * q + n[:, None] * (b_r * b_r - t_r * t_r)
+        b_r *= n[:, None]
+        t_r *= n[:, None]
+        within = tl.broadcast_to(t_r[:, :, None] * t_c[:, None, :], S.shape)
+        acc += S + tl.fma(b_r[:, :, None], b_c[:, None, :], -within).to(tl.float32)
     C0 = tl.where(row[:, None] == column[None, :], 0.0, divide(tl.sum(acc, 0), N - 1))
     hinge_sum = tl.full((), 0.0, tl.float64)
     if on_diagonal:

@@ -37,9 +37,9 @@ from .configs import (
 )
 from .splitk import split, tril_tiles
 
-# The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile, for up to 8 splits and for
-# more.  A program's registers hold both: these are the largest that no target spilled.
-_FEW_SPLITS, _MANY_SPLITS = (4, 512), (8, 128)
+# The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile.  On the dual side as many as
+# leave a program for most SMs; on the primal side, for up to 8 splits and for more, the largest that no target spilled.
+_DUAL_SPLITS, _FEW_SPLITS, _MANY_SPLITS = (4, 1024), (4, 512), (8, 128)
 # The most features of which a program of the backward pass keeps the whole of C0.
 _NARROW = 64
 # Rows of a chunk: 2^24 of 64 features are 2^30 elements, and offsets within a chunk are 32-bit.
@@ -99,9 +99,9 @@ def _normalisation(group: Group) -> Normalisation:
     return Normalisation(group.V, group.pairs, group.P, group.N, group.D)
 
 
-def _splitk_blocks(product: Product, splits: int, device: Device) -> tuple[int, int]:
+def _splitk_blocks(product: Product, splits: int, device: Device, dual: bool) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_R) of the split-K reduction: splits added at a time, and rows of a tile, in a program."""
-    block_c, elements = _MANY_SPLITS if splits > 8 else _FEW_SPLITS
+    block_c, elements = _DUAL_SPLITS if dual else _MANY_SPLITS if splits > 8 else _FEW_SPLITS
     if device == INTERPRETER:  # few programs, but more than one of a tile, as on a GPU
         return block_c, product.block_m // 2
     return block_c, max(1, elements // product.block_m)
@@ -124,7 +124,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     tiles = tril_tiles(N, product.block_m)
     shares = split(V * P * tiles, D, product, device.num_sms, allow_full_tiles=True)
     split_tiles = V * P * tiles - shares.full_tiles
-    _, block_r = _splitk_blocks(product, shares.splits, device)
+    _, block_r = _splitk_blocks(product, shares.splits, device, group.dual)
     tile_partials = shares.full_tiles + split_tiles * (product.block_m // block_r)
     partials = Partials(
         group.empty(tile_partials, 2, dtype=torch.float64),
@@ -167,7 +167,7 @@ def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     unsplit_programs = group.pairs * P if narrow else V * P * tiles
     shares = split(unsplit_programs, N, product, device.num_sms, allow_full_tiles=False)
     programs = unsplit_programs * shares.splits
-    _, block_r = _splitk_blocks(product, shares.splits, device)
+    _, block_r = _splitk_blocks(product, shares.splits, device, group.dual)
     tile_partials = V * P * tiles * (product.block_m // block_r)
     partials = Partials(
         group.empty(tile_partials, 2, dtype=torch.float64),
@@ -202,7 +202,7 @@ def _reduce_splits(
 ) -> None:
     """Add up the splits.  ``shared``: arguments that the kernel before has too; ``chunk_sums``: of the primal side."""
     _, plan, _, device = call
-    block_c, block_r = _splitk_blocks(product, shared["splits"], device)
+    block_c, block_r = _splitk_blocks(product, shared["splits"], device, call.group.dual)
     vicreg_splitk._splitk_reduction_kernel[(shared["tile_partials"] - shared["full_tiles"],)](
         **shared, chunk_sums_ptr=chunk_sums, moments_ptr=moments, gamma=plan.gamma, eps=plan.eps,
         BLOCK_R=block_r, BLOCK_C=block_c, **launch_options(device, warps=4),
