@@ -51,6 +51,20 @@ def to_storage(operand, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def operand_of(c, FORMAT: tl.constexpr):
+    """(what is stored and multiplied for c, the operand as float32): to_storage() and round_to_format() with one conversion."""
+    if FORMAT == "bf16":
+        stored = c.to(tl.bfloat16)
+        return stored, stored.to(tl.float32)
+    elif FORMAT == "fp16":
+        stored = (c * 0.5).to(tl.float16)
+        return stored, stored.to(tl.float32) * 2.0
+    else:
+        o = round_to_format(c, FORMAT)
+        return o, o
+
+
+@triton.jit
 def undo_halves(acc, FORMAT: tl.constexpr):
     """A matmul of stored operands as one of operands: float16 stores halves."""
     return acc * 4.0 if FORMAT == "fp16" else acc

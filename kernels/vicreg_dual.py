@@ -22,6 +22,7 @@ from .numerics import (
     divide,
     exponent_scale,
     hinge_of,
+    operand_of,
     relu_propagating_nan,
     round_to_format,
     to_storage,
@@ -32,62 +33,82 @@ from .views import column_pointers, load_rows, row_offsets, select_source
 
 
 @triton.jit
+def _load_block(source, columns, index_ptr, v, p, top, n, d, P, N, D, EVEN: tl.constexpr):
+    """Rows top + n and columns d of a view, as float32.  EVEN: all of them are inside; else 0 where they are not."""
+    if index_ptr is None:  # offsets of n stay the same from block to block
+        rows = row_offsets(source, index_ptr, v, p, n, P, N)
+        columns += top.to(tl.int64) * source.stride_n
+    else:
+        rows = row_offsets(source, index_ptr, v, p, top + n, P, N)
+    if EVEN:
+        return tl.load(columns[None, :] + rows[:, None]).to(tl.float32)
+    return load_rows(columns, rows, (top + n < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _inside(e, top, n, d, N, D, EVEN: tl.constexpr):
+    """e with zeros in the rows and columns of a block that are not inside."""
+    if EVEN:
+        return e
+    return tl.where((top + n < N)[:, None] & (d < D)[None, :], e, 0.0)
+
+
+@triton.jit
 def _column_moments(
-    source, index_ptr, v, p, d, P, N, D, z_kept, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    source, columns, index_ptr, v, p, n, d, P, N, D, z_kept,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """hi, lo and std of columns d (a vector).  z_kept: all rows, or None if they are more than BLOCK_N.
 
     The first row is subtracted first, so that the mean of a constant column is its value, exactly.  Deviations are scaled
     by a power of two before they are squared: squares of deviations below 1.1e-19 are subnormal.
     """
-    columns = column_pointers(source, d)
+    inverse_N = divide(1.0, N)
     if z_kept is not None:
-        rows_kept = tl.arange(0, BLOCK_N)[:, None]
-        z0 = tl.sum(tl.where(rows_kept == 0, z_kept, 0.0), 0)[None, :]
-        total = tl.where(rows_kept < N, z_kept - z0, 0.0)
+        z0 = tl.sum(tl.where((n == 0)[:, None], z_kept, 0.0), 0)
+        total = _inside(z_kept - z0[None, :], 0, n, d, N, D, EVEN)
         largest = tl.abs(total)
     else:
-        z0 = load_rows(columns, row_offsets(source, index_ptr, v, p, tl.arange(0, 1), P, N), (d < D)[None, :])
+        first_row = row_offsets(source, index_ptr, v, p, tl.zeros((1,), tl.int32), P, N)
+        z0 = tl.sum(load_rows(columns, first_row, (d < D)[None, :]), 0)
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         largest = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for top in tl.range(0, N, BLOCK_N, num_stages=STAGES):
-            n = top + tl.arange(0, BLOCK_N)
-            mask = (n < N)[:, None] & (d < D)[None, :]
-            z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
-            e = tl.where(mask, z - z0, 0.0)
+            z = _load_block(source, columns, index_ptr, v, p, top, n, d, P, N, D, EVEN)
+            e = _inside(z - z0[None, :], top, n, d, N, D, EVEN)
             total += e
             largest = tl.maximum(largest, tl.abs(e))
-    hi = tl.sum(z0, 0) + divide(tl.sum(total, 0), N)
+    # lo is what the mean is more than hi, whatever the roundings of hi.
+    hi = z0 + tl.sum(total, 0) * inverse_N
     # Deviations from the mean are at most twice those from the first row.
     scale, inverse = exponent_scale(tl.max(largest, 0))
     if z_kept is not None:
-        total = tl.where(rows_kept < N, (z_kept - hi[None, :]) * inverse[None, :], 0.0)
+        total = _inside((z_kept - hi[None, :]) * inverse[None, :], 0, n, d, N, D, EVEN)
         squares = total * total
     else:
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for top in tl.range(0, N, BLOCK_N, num_stages=STAGES):
-            n = top + tl.arange(0, BLOCK_N)
-            mask = (n < N)[:, None] & (d < D)[None, :]
-            z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
-            e = tl.where(mask, (z - hi[None, :]) * inverse[None, :], 0.0)
+            z = _load_block(source, columns, index_ptr, v, p, top, n, d, P, N, D, EVEN)
+            e = _inside((z - hi[None, :]) * inverse[None, :], top, n, d, N, D, EVEN)
             total += e
-            squares += e * e
-    lo = divide(tl.sum(total, 0), N)
+            squares = tl.fma(e, e, squares)
+    lo = tl.sum(total, 0) * inverse_N
     # lo is as small as the rounding of the mean, so N lo^2 is negligible beside the squares and subtracting it is safe.
     centred = relu_propagating_nan(tl.sum(squares, 0) - N * lo * lo)
-    return hi, lo * scale, tl.sqrt_rn(divide(centred, N - 1)) * scale
+    return hi, lo * scale, tl.sqrt_rn(centred * divide(1.0, N - 1)) * scale
 
 
 @triton.jit(do_not_specialize=["P"])
 def _moments_forward_kernel(
     views, operand_ptr, moments_ptr, row_sq_norms_ptr, partials, P, N, D, gamma, eps,
-    VIEWS: tl.constexpr, FORMAT: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D columns of one problem of one view.  A pair's second view reads the first for the invariance.
 
-    ONE_BLOCK: N <= BLOCK_N, and z is read once.  Programs of the views of one block are neighbours: what one reads is in the cache for the other.
+    EVEN: all blocks are full.  ONE_BLOCK: N <= BLOCK_N, and z is read once.
+    Programs of the views of one block are neighbours: what one reads is in the cache for the other.
     """
     program = tl.program_id(0)
     if program == 0:
@@ -96,6 +117,7 @@ def _moments_forward_kernel(
     v = program % VIEWS
     block = (program // VIEWS) % blocks
     p = program // VIEWS // blocks
+    n = tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < D
     P = P.to(tl.int64)
@@ -103,10 +125,10 @@ def _moments_forward_kernel(
     columns = column_pointers(source, d)
     z_kept = None
     if ONE_BLOCK:
-        n = tl.arange(0, BLOCK_N)
-        rows = row_offsets(source, views.index_ptr, v, p, n, P, N)
-        z_kept = load_rows(columns, rows, (n < N)[:, None] & inside[None, :])
-    hi, lo, std = _column_moments(source, views.index_ptr, v, p, d, P, N, D, z_kept, STAGES, BLOCK_N, BLOCK_D)
+        z_kept = _load_block(source, columns, views.index_ptr, v, p, tl.full((), 0, tl.int32), n, d, P, N, D, EVEN)
+    hi, lo, std = _column_moments(
+        source, columns, views.index_ptr, v, p, n, d, P, N, D, z_kept, EVEN, STAGES, BLOCK_N, BLOCK_D
+    )
     other_source = select_source(views, v ^ 1)
     other_columns = column_pointers(other_source, d)
     row_sq_norms = row_sq_norms_ptr + ((v * P + p) * blocks + block) * N
@@ -116,27 +138,32 @@ def _moments_forward_kernel(
     operand_squares = tl.zeros((BLOCK_D,), WIDE) if FORMAT == "fp32" else tl.zeros((BLOCK_N, BLOCK_D), WIDE)
     differences = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for top in tl.range(0, BLOCK_N if ONE_BLOCK else N, BLOCK_N, num_stages=STAGES):
-        n = top + tl.arange(0, BLOCK_N)
-        mask = (n < N)[:, None] & inside[None, :]
         if ONE_BLOCK:
             z = z_kept
         else:
-            z = load_rows(columns, row_offsets(source, views.index_ptr, v, p, n, P, N), mask)
-        o = tl.where(mask, round_to_format(z - hi[None, :] - lo[None, :], FORMAT), 0.0)
+            z = _load_block(source, columns, views.index_ptr, v, p, top, n, d, P, N, D, EVEN)
+        stored, o = operand_of(_inside(z - hi[None, :] - lo[None, :], top, n, d, N, D, EVEN), FORMAT)
         if operand_ptr is not None:
-            at = operand_ptr + (v * P + p) * N * D + d
-            tl.store(at[None, :] + n.to(tl.int64)[:, None] * D, to_storage(o, FORMAT), mask=mask)
+            at = operand_ptr + (v * P + p) * N * D + d + top.to(tl.int64) * D
+            at = at[None, :] + n.to(tl.int64)[:, None] * D
+            if EVEN:
+                tl.store(at, stored)
+            else:
+                tl.store(at, stored, mask=(top + n < N)[:, None] & inside[None, :])
         wide = o.to(WIDE)
-        operand_squares += tl.sum(wide * wide, 0) if FORMAT == "fp32" else wide * wide
-        tl.store(row_sq_norms + n, tl.sum(wide * wide, 1), mask=n < N)
+        squares = wide * wide
+        operand_squares += tl.sum(squares, 0) if FORMAT == "fp32" else squares
+        tl.store(row_sq_norms + top + n, tl.sum(squares, 1), mask=top + n < N)
         if VIEWS > 1:
             if v % 2 == 1:
-                rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
-                other = load_rows(other_columns, rows, mask)
-                differences += (other - z) * (other - z)
+                other = _load_block(
+                    other_source, other_columns, views.index_ptr, v ^ 1, p, top, n, d, P, N, D, EVEN
+                )
+                difference = other - z
+                differences = tl.fma(difference, difference, differences)
     if FORMAT != "fp32":
         operand_squares = tl.sum(operand_squares, 0)
-    operand_v = operand_squares.to(tl.float64) / (N - 1)
+    operand_v = operand_squares.to(tl.float64) * (1.0 / (N.to(tl.float64) - 1))
     if moments_ptr is not None:
         at = moments_ptr + (p * VIEWS + v).to(tl.int64) * D + d
         step = P * VIEWS * D  # of moments (4, P, V, D)
@@ -146,7 +173,7 @@ def _moments_forward_kernel(
         tl.store(at + 3 * step, operand_v.to(tl.float32), mask=inside)
     hinge = hinge_of(std, gamma, eps)
     at = partials.column_ptr + program.to(tl.int64) * 3
-    tl.store(at, tl.sum(tl.sum(differences, 1).to(tl.float64)))
+    tl.store(at, tl.sum(tl.sum(differences, 0).to(tl.float64)))
     tl.store(at + 1, tl.sum(tl.where(inside, hinge, 0.0).to(tl.float64)))
     tl.store(at + 2, tl.sum(tl.where(inside, operand_v * operand_v, 0.0)))
 

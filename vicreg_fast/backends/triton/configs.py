@@ -135,12 +135,10 @@ def _moments(block_d: int) -> Rows[Moments]:
         Row(16, ANY, Moments(16, 128, warps=4)),
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
-        # All rows in registers: they are read once.
-        Row(256, ANY, Moments(256, 32)),
         # Few columns fill the device only in narrow programs.  Many rows at a time, or each would wait for memory.
         Row(ANY, 4096, Moments(128, 16, warps=4)),
         Row(1024, ANY, Moments(64, 32, warps=4)),
-        Row(ANY, ANY, Moments(64, block_d)),
+        Row(ANY, ANY, Moments(64, block_d, warps=4)),
     )
 
 

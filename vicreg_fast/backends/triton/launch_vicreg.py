@@ -135,7 +135,8 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     vicreg_dual._moments_forward_kernel[(programs,)](
         views=group.views, operand_ptr=operand, moments_ptr=moments, row_sq_norms_ptr=row_sq_norms, partials=partials,
         P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
-        VIEWS=V, FORMAT=matmul.format, ONE_BLOCK=config.block_n >= N, STAGES=config.stages,
+        VIEWS=V, FORMAT=matmul.format, EVEN=N % config.block_n == 0 and D % config.block_d == 0,
+        ONE_BLOCK=config.block_n >= N, STAGES=config.stages,
         BLOCK_N=config.block_n, BLOCK_D=config.block_d, **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
     splits = None
