@@ -98,12 +98,16 @@ def hinge_of(std, gamma, eps):
 
 
 @triton.jit
-def hinge_slope(std, gamma, eps, factor):
-    """factor / s where 0 < s < gamma, else 0; s = sqrt(std^2 + eps)."""
+def hinge_slope(std, gamma, eps):
+    """1 / s where 0 < s < gamma, else 0; s = sqrt(std^2 + eps).  At most the largest float32, which 1 / s of a subnormal s exceeds.
+
+    The gradient of the hinge is its product with c.  The forward pass stores it: once a column, not once a program.
+    """
     if eps > 0:
         std = tl.sqrt_rn(std * std + eps)
     active = (std < gamma) & (std > 0.0)
-    return tl.where(active, divide(factor, tl.where(active, std, 1.0)), 0.0)
+    slope = divide(1.0, tl.where(active, std, 1.0).to(tl.float32))
+    return tl.where(active, tl.minimum(slope, 3.4028234663852886e38), 0.0)
 
 
 @triton.jit

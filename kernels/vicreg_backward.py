@@ -4,7 +4,7 @@
     primal   g = f_cov o M            + f_var c + f_inv (z - other)
 
     f_cov = u_cov scales.cov      f_inv = u_inv scales.inv
-    f_var = u_var scales.var / s where 0 < s < gamma, else 0      s = sqrt(std^2 + eps)
+    f_var = u_var scales.var / s where 0 < s < gamma, else 0      s = sqrt(std^2 + eps)      1 / s: hinge_slope()
 
 u: upstream gradients, read on the device; None: that term's part is left out.  Scales: vicreg_fast/scales.py.
 z (P, N, D), any strides; M (V * P, S, S), rounded to the operand's format.  Writes g once, in the type of its pointer.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import hinge_slope, round_to_format, to_storage
+from .numerics import round_to_format, to_storage
 from .vicreg_dual import load_operand
 from .views import column_pointers, is_of_y, load_rows, row_offsets, select_source
 
@@ -83,7 +83,7 @@ def _covariance_matmul(
 
 @triton.jit
 def _complete(
-    g, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+    g, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales,
     DUAL: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """g, f_cov times the matmul, plus all other parts of the gradient, for rows n and columns d.
@@ -101,9 +101,8 @@ def _complete(
         operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)
         g -= round_to_format(c, FORMAT) * (f_cov * operand_v)[None, :]
     if upstream.var_ptr is not None:
-        std = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
-        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
-        g += c * hinge_slope(std, gamma, eps, u)[None, :]
+        slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
+        g += c * (slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var))[None, :]
     if upstream.inv_ptr is not None:
         other = load_rows(column_pointers(other_source, d), other_rows, mask)
         g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
@@ -112,7 +111,7 @@ def _complete(
 
 @triton.jit(do_not_specialize=["P"])
 def _gradient_kernel(
-    views, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D, gamma, eps,
+    views, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D,
     VIEWS: tl.constexpr, DUAL: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +168,7 @@ def _gradient_kernel(
         h = g if PIECES == 1 else g0 if piece == 0 else g1 if piece == 1 else g2 if piece == 2 else g3
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         h = _complete(
-            h, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales, gamma, eps,
+            h, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales,
             DUAL, FORMAT,
         )  # fmt: skip
         tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=(n < N)[:, None] & (d < D)[None, :])

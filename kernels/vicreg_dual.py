@@ -22,6 +22,7 @@ from .numerics import (
     divide,
     exponent_scale,
     hinge_of,
+    hinge_slope,
     operand_of,
     relu_propagating_nan,
     round_to_format,
@@ -37,7 +38,7 @@ def _load_block(source, columns, index_ptr, v, p, top, n, d, P, N, D, EVEN: tl.c
     """Rows top + n and columns d of a view, as float32.  EVEN: all of them are inside; else 0 where they are not."""
     if index_ptr is None:  # offsets of n stay the same from block to block
         rows = row_offsets(source, index_ptr, v, p, n, P, N)
-        columns += top.to(tl.int64) * source.stride_n
+        columns += top * source.stride_n
     else:
         rows = row_offsets(source, index_ptr, v, p, top + n, P, N)
     if EVEN:
@@ -125,7 +126,7 @@ def _moments_forward_kernel(
     columns = column_pointers(source, d)
     z_kept = None
     if ONE_BLOCK:
-        z_kept = _load_block(source, columns, views.index_ptr, v, p, tl.full((), 0, tl.int32), n, d, P, N, D, EVEN)
+        z_kept = _load_block(source, columns, views.index_ptr, v, p, 0, n, d, P, N, D, EVEN)
     hi, lo, std = _column_moments(
         source, columns, views.index_ptr, v, p, n, d, P, N, D, z_kept, EVEN, STAGES, BLOCK_N, BLOCK_D
     )
@@ -144,8 +145,8 @@ def _moments_forward_kernel(
             z = _load_block(source, columns, views.index_ptr, v, p, top, n, d, P, N, D, EVEN)
         stored, o = operand_of(_inside(z - hi[None, :] - lo[None, :], top, n, d, N, D, EVEN), FORMAT)
         if operand_ptr is not None:
-            at = operand_ptr + (v * P + p) * N * D + d + top.to(tl.int64) * D
-            at = at[None, :] + n.to(tl.int64)[:, None] * D
+            at = operand_ptr + (v * P + p) * N * D + d
+            at = at[None, :] + (top + n).to(tl.int64)[:, None] * D
             if EVEN:
                 tl.store(at, stored)
             else:
@@ -169,7 +170,7 @@ def _moments_forward_kernel(
         step = P * VIEWS * D  # of moments (4, P, V, D)
         tl.store(at, hi, mask=inside)
         tl.store(at + step, lo, mask=inside)
-        tl.store(at + 2 * step, std, mask=inside)
+        tl.store(at + 2 * step, hinge_slope(std, gamma, eps), mask=inside)
         tl.store(at + 3 * step, operand_v.to(tl.float32), mask=inside)
     hinge = hinge_of(std, gamma, eps)
     at = partials.column_ptr + program.to(tl.int64) * 3

@@ -11,14 +11,14 @@ x, y: (P, N, D), any strides, no index.  2 N D^2 operations a view.  Buffers: do
 import triton
 import triton.language as tl
 
-from .numerics import hinge_slope, round_to_format
+from .numerics import round_to_format
 from .vicreg_backward import needed_view
 from .views import column_pointers, load_rows, row_offsets, select_source
 
 
 @triton.jit(do_not_specialize=["P", "chunks", "chunk_length"])
 def _narrow_gradient_kernel(
-    views, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D, chunks, chunk_length, gamma, eps,
+    views, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D, chunks, chunk_length,
     VIEWS: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +44,8 @@ def _narrow_gradient_kernel(
     lo = tl.load(at + step, mask=d < D, other=0.0)
     f_var = tl.zeros_like(hi)
     if upstream.var_ptr is not None:
-        std = tl.load(at + 2 * step, mask=d < D, other=0.0)
-        f_var = hinge_slope(std, gamma, eps, tl.load(upstream.var_ptr).to(tl.float32) * scales.var)
+        slope = tl.load(at + 2 * step, mask=d < D, other=0.0)
+        f_var = slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var)
     f_inv = 0.0
     if upstream.inv_ptr is not None:
         f_inv = tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv

@@ -120,7 +120,7 @@ def _root(a):
 def _finish_columns(
     squares_ptr, columns_ptr, m, D, gamma, eps, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Sum of the hinge over columns; their slopes d hinge / d c / c are stored in the third row of ``columns``.
+    """Sum of the hinge over columns; its slopes are stored in the third row of ``columns``.
 
     squares_ptr: sums over rows of c^2, which this program has stored.
     """
@@ -131,9 +131,7 @@ def _finish_columns(
         d = start + tl.arange(0, BLOCK_D)
         std = _root(tl.load(squares_ptr + d, mask=d < D, other=0.0) * inverse)
         hinge += tl.where(d < D, hinge_of(std, gamma, eps), 0.0).to(tl.float64)
-        # 1 / std of a subnormal one exceeds float32.
-        slope = tl.minimum(hinge_slope(std, gamma, eps, 1.0), 3.4028234663852886e38)
-        tl.store(columns_ptr + 2 * D + d, slope, mask=d < D)
+        tl.store(columns_ptr + 2 * D + d, hinge_slope(std, gamma, eps), mask=d < D)
     return tl.sum(hinge)
 
 

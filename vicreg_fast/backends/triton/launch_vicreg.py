@@ -229,8 +229,7 @@ def gradient(
     shared: dict[str, Any] = {
         "views": group.views, "moments_ptr": moments, "M_ptr": M, "x_grad_ptr": x, "y_grad_ptr": y,
         "upstream": vicreg_backward.Upstream(inv if V > 1 else None, var, cov),
-        "scales": _normalisation(group).gradients(plan.weights), "P": P, "N": N, "D": D, "gamma": plan.gamma,
-        "eps": plan.eps, "VIEWS": V, "FORMAT": matmul.format, "DOT_PRECISION": matmul.dot_precision,
+        "scales": _normalisation(group).gradients(plan.weights), "P": P, "N": N, "D": D, "VIEWS": V, "FORMAT": matmul.format, "DOT_PRECISION": matmul.dot_precision,
     }  # fmt: skip
     (key,) = gradient_keys(group, matmul, device)
     if _is_narrow(group):
