@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .numerics import round_to_format, to_storage
 from .vicreg_dual import load_operand
-from .views import column_pointers, is_of_y, load_rows, row_offsets, select_source
+from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source
 
 
 class Upstream(NamedTuple):
@@ -46,10 +46,22 @@ def _halves(g, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _mean_parts(hi, lo, PARTS: tl.constexpr, TYPE: tl.constexpr):
+    """hi + lo as three rows of a type that add up to it, of bfloat16 exact to 2^-24; the other rows are zero."""
+    first = hi.to(TYPE)
+    rest = hi - first.to(tl.float32)
+    second = rest.to(TYPE)
+    third = (rest - second.to(tl.float32) + lo).to(TYPE)
+    part = tl.arange(0, PARTS)[:, None]
+    parts = tl.where(part == 0, first[None, :], tl.where(part == 1, second[None, :], third[None, :]))
+    return tl.where(part < 3, parts, 0.0)
+
+
+@triton.jit
 def _covariance_matmul(
     views, source, operand_ptr, hi_ptr, lo_ptr, M_ptr, v, p, rows, n, d, P, N, D,
-    DUAL: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
+    DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """M o (dual) or o M (primal) in rows n and columns d."""
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -59,39 +71,52 @@ def _covariance_matmul(
         M = M_ptr + (v * P + p) * N * N + n.to(tl.int64)[:, None] * N
         for start in range(0, N, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            G = tl.load(M + k[None, :], mask=(n < N)[:, None] & (k < N)[None, :], other=0.0)
+            G = load_tile(M + k[None, :], (n < N)[:, None] & (k < N)[None, :], EVEN)
             if operand_ptr is None:
                 k_rows = row_offsets(source, views.index_ptr, v, p, k, P, N)
                 o = to_storage(load_operand(source, k_rows, k, N, d, D, hi_ptr, lo_ptr, FORMAT), FORMAT)
             else:
-                o = tl.load(
-                    operand_ptr + (v * P + p) * N * D + k.to(tl.int64)[:, None] * D + d[None, :],
-                    mask=(k < N)[:, None] & (d < D)[None, :], other=0.0,
-                )  # fmt: skip
+                at = operand_ptr + (v * P + p) * N * D + k.to(tl.int64)[:, None] * D + d[None, :]
+                o = load_tile(at, (k < N)[:, None] & (d < D)[None, :], EVEN)
             g = tl.dot(G, o.to(G.dtype), g, input_precision=DOT_PRECISION)
         g *= SCALE
     else:
         # C is symmetric: read along k, as TF32 matmuls on compute capability 9.0 want it.
         M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
+        # c C0 = z C0 - m C0.  bfloat16 rows are multiplied unchanged, straight from memory, which is more exact than c
+        # rounded to bfloat16: |m| is at most some 2^8 deviations, or z could not tell them apart, and sums are float32.
+        PARTS: tl.constexpr = 16  # the fewest rows of a matmul
+        mean_matmul = tl.zeros((PARTS, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            o = load_operand(source, rows, n, N, k, D, hi_ptr, lo_ptr, FORMAT)
-            C = tl.load(M + k[:, None], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
-            g = tl.dot(o.to(C.dtype), C, g, input_precision=DOT_PRECISION)
+            C = load_tile(M + k[:, None], (k < D)[:, None] & (d < D)[None, :], EVEN)
+            if UNCHANGED:
+                z = load_tile(column_pointers(source, k)[None, :] + rows[:, None], (n < N)[:, None] & (k < D)[None, :], EVEN)
+                g = tl.dot(z.to(C.dtype), C, g, input_precision=DOT_PRECISION)
+                hi = tl.load(hi_ptr + k, mask=k < D, other=0.0)
+                lo = tl.load(lo_ptr + k, mask=k < D, other=0.0)
+                mean_matmul = tl.dot(
+                    _mean_parts(hi, lo, PARTS, C.dtype), C, mean_matmul, input_precision=DOT_PRECISION
+                )
+            else:
+                o = load_operand(source, rows, n, N, k, D, hi_ptr, lo_ptr, FORMAT)
+                g = tl.dot(o.to(C.dtype), C, g, input_precision=DOT_PRECISION)
+        if UNCHANGED:
+            g -= tl.sum(mean_matmul, 0)[None, :]
     return g
 
 
 @triton.jit
 def _complete(
     g, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales,
-    DUAL: tl.constexpr, FORMAT: tl.constexpr,
+    DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """g, f_cov times the matmul, plus all other parts of the gradient, for rows n and columns d.
 
     moments: those of this view; step: between two of them.
     """
     mask = (n < N)[:, None] & (d < D)[None, :]
-    z = load_rows(column_pointers(source, d), rows, mask)
+    z = load_tile(column_pointers(source, d)[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
     if upstream.var_ptr is not None or (upstream.cov_ptr is not None and DUAL):
         hi = tl.load(moments + d, mask=d < D, other=0.0)
         lo = tl.load(moments + step + d, mask=d < D, other=0.0)
@@ -104,7 +129,7 @@ def _complete(
         slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
         g += c * (slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var))[None, :]
     if upstream.inv_ptr is not None:
-        other = load_rows(column_pointers(other_source, d), other_rows, mask)
+        other = load_tile(column_pointers(other_source, d)[None, :] + other_rows[:, None], mask, EVEN).to(tl.float32)
         g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
     return g
 
@@ -112,13 +137,14 @@ def _complete(
 @triton.jit(do_not_specialize=["P"])
 def _gradient_kernel(
     views, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D,
-    VIEWS: tl.constexpr, DUAL: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    VIEWS: tl.constexpr, DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
+    DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows and BLOCK_D columns of one problem of one view that needs a gradient.
 
     x_grad_ptr, y_grad_ptr: (views of the source, P, N, D), contiguous; None: the source needs none.  So there are three
-    variants: both sources, x alone, y alone.  Tiles are visited in groups GROUP rows high, so that programs that run
+    variants: both sources, x alone, y alone.  EVEN: all blocks are full.  UNCHANGED: on the primal
+    side rows are multiplied as they are.  Tiles are visited in groups GROUP rows high, so that programs that run
     together share rows and columns in the L2 cache.
     """
     # About as high as wide, on a device that runs a hundred programs at a time.
@@ -149,7 +175,7 @@ def _gradient_kernel(
         f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
         g = _covariance_matmul(
             views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
-            d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
+            d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, EVEN, UNCHANGED, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         g *= f_cov
     g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
@@ -169,6 +195,10 @@ def _gradient_kernel(
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         h = _complete(
             h, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales,
-            DUAL, FORMAT,
+            DUAL, EVEN, FORMAT,
         )  # fmt: skip
-        tl.store(g_ptr + g_rows[:, None] + d[None, :], h, mask=(n < N)[:, None] & (d < D)[None, :])
+        at = g_ptr + g_rows[:, None] + d[None, :]
+        if EVEN:
+            tl.store(at, h)
+        else:
+            tl.store(at, h, mask=(n < N)[:, None] & (d < D)[None, :])

@@ -97,6 +97,14 @@ def column_pointers(source, d):
 
 
 @triton.jit
+def load_tile(pointers, mask, EVEN: tl.constexpr):
+    """A tile, 0 where masked.  EVEN: nothing is masked, and no mask is computed."""
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_rows(columns, rows, mask):
     """Elements (rows, columns) as float32, 0 where masked; from pointers to columns and offsets of rows."""
     return tl.load(columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)

@@ -148,6 +148,20 @@ def test_float16_centred_beyond_its_range(shape: tuple[int, int]) -> None:
     assert_parity(x, y, None, TF32, scale=2.0**-8)  # nor are the gradients
 
 
+@pytest.mark.parametrize("mean", [0.0, 20.0, -150.0])
+def test_bfloat16_rows_are_multiplied_unchanged(mean: float) -> None:
+    """The mean's share of the product is subtracted afterwards.
+
+    The interpreter loads bfloat16 right, multiplies it as float32, and truncates what it stores, by up to 2^-7.
+    """
+    x = (0.7 * torch.randn(300, 70) + mean).bfloat16()
+    y = (x + 0.3 * torch.randn(300, 70)).bfloat16()
+    assert not uses_dual(1, 300, 70)
+    truth = evaluate(x.double(), y.double(), "aten")
+    for g, t in zip(evaluate(x, y, "triton")[3:], truth[3:], strict=True):
+        assert (g - t).norm() <= 2.0**-7 * t.norm()
+
+
 def test_mixed_types() -> None:
     x, y = normal(20, 90).float().requires_grad_(), normal(20, 90).half().requires_grad_()
     losses = functional.vicreg_terms(x, y, backend="triton", precision="highest")

@@ -249,6 +249,8 @@ def gradient(
     tiles = -(-N // config.block_n) * -(-D // config.block_d)
     vicreg_backward._gradient_kernel[(tiles * views * P,)](
         **shared, operand_ptr=_or_none(operand), DUAL=group.dual,
+        UNCHANGED=matmul.format.startswith("bf16") and group.views.x_ptr.dtype == torch.bfloat16,
+        EVEN=not (N % config.block_n or D % config.block_d or (N if group.dual else D) % config.block_k),
         BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_K=config.block_k,
         **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
