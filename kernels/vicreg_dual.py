@@ -30,28 +30,21 @@ from .numerics import (
     tril_tile,
     undo_halves,
 )
-from .views import column_pointers, load_rows, row_offsets, select_source
+from .views import block_of_rows, column_pointers, load_rows, load_tile, row_offsets, select_source, zero_outside
 
 
 @triton.jit
 def _load_block(source, columns, index_ptr, v, p, top, n, d, P, N, D, EVEN: tl.constexpr):
-    """Rows top + n and columns d of a view, as float32.  EVEN: all of them are inside; else 0 where they are not."""
-    if index_ptr is None:  # offsets of n stay the same from block to block
-        rows = row_offsets(source, index_ptr, v, p, n, P, N)
-        columns += top * source.stride_n
-    else:
-        rows = row_offsets(source, index_ptr, v, p, top + n, P, N)
-    if EVEN:
-        return tl.load(columns[None, :] + rows[:, None]).to(tl.float32)
-    return load_rows(columns, rows, (top + n < N)[:, None] & (d < D)[None, :])
+    """Rows top + n and columns d of a view, as float32, 0 where they are not inside.  EVEN: all of them are."""
+    columns, rows = block_of_rows(source, columns, index_ptr, v, p, top, n, P, N)
+    mask = (top + n < N)[:, None] & (d < D)[None, :]
+    return load_tile(columns[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
 
 
 @triton.jit
 def _inside(e, top, n, d, N, D, EVEN: tl.constexpr):
     """e with zeros in the rows and columns of a block that are not inside."""
-    if EVEN:
-        return e
-    return tl.where((top + n < N)[:, None] & (d < D)[None, :], e, 0.0)
+    return zero_outside(e, (top + n < N)[:, None] & (d < D)[None, :], EVEN)
 
 
 @triton.jit

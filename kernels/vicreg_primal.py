@@ -13,8 +13,8 @@ program's sum of (x - y)^2.  N D^2 operations a view.  Letters and buffers: docs
 import triton
 import triton.language as tl
 
-from .numerics import divide, round_to_format, to_storage, tril_tile, undo_halves
-from .views import column_pointers, load_rows, row_offsets, select_source
+from .numerics import divide, operand_of, tril_tile, undo_halves
+from .views import block_of_rows, column_pointers, load_rows, load_tile, row_offsets, select_source, zero_outside
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _store_chunk(chunk_sums_ptr, at, d, D, s, t, q):
 @triton.jit
 def _chunk_sums(
     views, source, columns, v, p, d, start, end, s, P, N, D,
-    VIEWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    VIEWS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """t, q and, element by element, (x - y)^2 of columns d.  A pair's second view reads the first."""
     difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
@@ -47,28 +47,29 @@ def _chunk_sums(
     q = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     other_source = select_source(views, v ^ 1)
     other_columns = column_pointers(other_source, d)
+    n = tl.arange(0, BLOCK_K)
     for top in range(start, end, BLOCK_K):
-        n = top + tl.arange(0, BLOCK_K)
-        mask = (n < end)[:, None] & (d < D)[None, :]
-        z = load_rows(columns, row_offsets(source, views.index_ptr, v, p, n, P, N), mask)
-        e = tl.where(mask, z - s[None, :], 0.0)
+        mask = (top + n < end)[:, None] & (d < D)[None, :]
+        at, rows = block_of_rows(source, columns, views.index_ptr, v, p, top, n, P, N)
+        z = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
+        e = zero_outside(z - s[None, :], mask, EVEN)
         t += e
-        q += e * e
+        q = tl.fma(e, e, q)
         if VIEWS > 1:
             if v % 2 == 1:
-                rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
-                other = load_rows(other_columns, rows, mask)
-                difference += (other - z) * (other - z)
+                at, rows = block_of_rows(other_source, other_columns, views.index_ptr, v ^ 1, p, top, n, P, N)
+                e = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32) - z
+                difference = tl.fma(e, e, difference)
     return tl.sum(t, 0), tl.sum(q, 0), difference
 
 
 @triton.jit(do_not_specialize=["P", "tiles", "splits"])
 def _second_moment_forward_kernel(
     views, split_tiles_ptr, chunk_sums_ptr, partials, P, N, D, tiles, splits, split_length,
-    VIEWS: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    VIEWS: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``split_length`` rows of one tile of one problem of one view."""
+    """One program: ``split_length`` rows of one tile of one problem of one view.  EVEN: all blocks are full."""
     program = tl.program_id(0)
     if program == 0:
         tl.store(partials.arrival_counter_ptr, 0)
@@ -90,17 +91,16 @@ def _second_moment_forward_kernel(
     s_i = _provisional_centre(columns_i, rows, n, end, d_i < D)
     s_j = _provisional_centre(columns_j, rows, n, end, d_j < D)
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    n = tl.arange(0, BLOCK_K)
     for top in range(start, end, BLOCK_K):
-        n = top + tl.arange(0, BLOCK_K)
-        rows = row_offsets(source, views.index_ptr, v, p, n, P, N)
-        mask_i = (d_i < D)[:, None] & (n < end)[None, :]
-        mask_j = (d_j < D)[None, :] & (n < end)[:, None]
-        a = tl.load(columns_i[:, None] + rows[None, :], mask=mask_i, other=0.0).to(tl.float32)
-        a = round_to_format(tl.where(mask_i, a - s_i[:, None], 0.0), FORMAT)
-        b = load_rows(columns_j, rows, mask_j)
-        b = round_to_format(tl.where(mask_j, b - s_j[None, :], 0.0), FORMAT)
-        a = to_storage(a, FORMAT).to(OPERAND_TYPE)
-        b = to_storage(b, FORMAT).to(OPERAND_TYPE)
+        at_i, rows = block_of_rows(source, columns_i, views.index_ptr, v, p, top, n, P, N)
+        at_j, _ = block_of_rows(source, columns_j, views.index_ptr, v, p, top, n, P, N)
+        mask_i = (d_i < D)[:, None] & (top + n < end)[None, :]
+        mask_j = (d_j < D)[None, :] & (top + n < end)[:, None]
+        a = load_tile(at_i[:, None] + rows[None, :], mask_i, EVEN).to(tl.float32)
+        b = load_tile(at_j[None, :] + rows[:, None], mask_j, EVEN).to(tl.float32)
+        a, _ = operand_of(zero_outside(a - s_i[:, None], mask_i, EVEN), FORMAT)
+        b, _ = operand_of(zero_outside(b - s_j[None, :], mask_j, EVEN), FORMAT)
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
     acc = undo_halves(acc, FORMAT)
     at = ((problem.to(tl.int64) * tiles + program % tiles) * splits + k) * BLOCK_M * BLOCK_M
@@ -110,7 +110,7 @@ def _second_moment_forward_kernel(
     difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if i == j:
         t, q, difference = _chunk_sums(
-            views, source, columns_i, v, p, d_i, start, end, s_i, P, N, D, VIEWS, BLOCK_M, BLOCK_K
+            views, source, columns_i, v, p, d_i, start, end, s_i, P, N, D, VIEWS, EVEN, BLOCK_M, BLOCK_K
         )
         problems = tl.num_programs(0) // tiles // splits
         _store_chunk(chunk_sums_ptr, k.to(tl.int64) * problems + problem, d_i, D, s_i, t, q)
@@ -121,23 +121,23 @@ def _second_moment_forward_kernel(
 @triton.jit
 def _accumulate(
     z, s, mask, acc, t, q,
-    FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr, FP64_SQUARES: tl.constexpr,
+    EVEN: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr, FP64_SQUARES: tl.constexpr,
 ):  # fmt: skip
     """(acc, t, q) with the rows z (BLOCK_K, BLOCK_M) added.  t, and q unless FP64_SQUARES, is summed over rows at the end."""
-    e = tl.where(mask, z - s[None, :], 0.0)
+    e = zero_outside(z - s[None, :], mask, EVEN)
     if FP64_SQUARES:
         wide = e.to(tl.float64)
         q += tl.sum(wide * wide, 0)
     else:
-        q += e * e
-    o = to_storage(round_to_format(e, FORMAT), FORMAT).to(OPERAND_TYPE)
+        q = tl.fma(e, e, q)
+    o, _ = operand_of(e, FORMAT)
     return tl.dot(tl.trans(o), o, acc, input_precision=DOT_PRECISION), t + e, q
 
 
 @triton.jit(do_not_specialize=["P", "splits"])
 def _narrow_second_moment_forward_kernel(
     views, split_tiles_ptr, chunk_sums_ptr, partials, P, N, D, splits, split_length,
-    VIEWS: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    VIEWS: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr,
     FP64_SQUARES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: ``split_length`` rows of both views of a pair, where all features fit one tile.
@@ -172,19 +172,21 @@ def _narrow_second_moment_forward_kernel(
         second_t = tl.zeros_like(first_t)
         second_q = tl.zeros_like(first_q)
         difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    n = tl.arange(0, BLOCK_K)
     for top in range(start, end, BLOCK_K):
-        n = top + tl.arange(0, BLOCK_K)
-        mask = (n < end)[:, None] & (d < D)[None, :]
-        z = load_rows(first_columns, row_offsets(first, index_ptr, v, p, n, P, N), mask)
+        mask = (top + n < end)[:, None] & (d < D)[None, :]
+        at, rows = block_of_rows(first, first_columns, index_ptr, v, p, top, n, P, N)
+        z = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
         first_acc, first_t, first_q = _accumulate(
-            z, first_s, mask, first_acc, first_t, first_q, FORMAT, OPERAND_TYPE, DOT_PRECISION, FP64_SQUARES
+            z, first_s, mask, first_acc, first_t, first_q, EVEN, FORMAT, DOT_PRECISION, FP64_SQUARES
         )
         if VIEWS > 1:
-            other = load_rows(second_columns, row_offsets(second, index_ptr, v + 1, p, n, P, N), mask)
-            difference += (other - z) * (other - z)
+            at, rows = block_of_rows(second, second_columns, index_ptr, v + 1, p, top, n, P, N)
+            other = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
+            difference = tl.fma(other - z, other - z, difference)
             second_acc, second_t, second_q = _accumulate(
                 other, second_s, mask, second_acc, second_t, second_q,
-                FORMAT, OPERAND_TYPE, DOT_PRECISION, FP64_SQUARES,
+                EVEN, FORMAT, DOT_PRECISION, FP64_SQUARES,
             )  # fmt: skip
     square = tl.arange(0, BLOCK_M)[:, None] * BLOCK_M + d[None, :]
     problems = tl.num_programs(0) // splits * (2 if VIEWS > 1 else 1)

@@ -31,7 +31,7 @@ def _column_mean(
         t = tl.load(sums + D, mask=mask, other=0.0).to(tl.float64)
         n = tl.minimum(split_length, N - k * split_length)[:, None]
         offset += tl.where(mask, (s - base[None, :]) * n + t, 0.0)
-    return base, tl.sum(offset, 0) / N
+    return base, tl.sum(offset, 0) * (1.0 / N.to(tl.float64))
 
 
 @triton.jit
@@ -76,14 +76,15 @@ def _reduce_covariance(
         t_r, b_r, q = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, row, D, inverse_n, base_r, mean_r)
         t_c, b_c, _ = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, column, D, inverse_n, base_c, mean_c)
         square += q * q + n[:, None] * (b_r * b_r - t_r * t_r)
-        b_r *= n[:, None]
-        t_r *= n[:, None]
-        within = tl.broadcast_to(t_r[:, :, None] * t_c[:, None, :], S.shape)
-        acc += S + tl.fma(b_r[:, :, None], b_c[:, None, :], -within).to(tl.float32)
-    C0 = tl.where(row[:, None] == column[None, :], 0.0, divide(tl.sum(acc, 0), N - 1))
+        # The means are float64, their products need not be: C is as exact as its splits.
+        b_r = (b_r * n[:, None]).to(tl.float32)
+        t_r = (t_r * -n[:, None]).to(tl.float32)
+        acc = tl.fma(b_r[:, :, None], b_c.to(tl.float32)[:, None, :], acc + S)
+        acc = tl.fma(t_r[:, :, None], t_c.to(tl.float32)[:, None, :], acc)
+    C0 = tl.where(row[:, None] == column[None, :], 0.0, tl.sum(acc, 0) * divide(1.0, N - 1))
     hinge_sum = tl.full((), 0.0, tl.float64)
     if on_diagonal:
-        v = relu_propagating_nan(tl.sum(square, 0)) / (N - 1)
+        v = relu_propagating_nan(tl.sum(square, 0)) * (1.0 / (N.to(tl.float64) - 1))
         std = tl.sqrt(v)  # exact in float64
         if moments_ptr is not None:
             at = moments_ptr + ((problem % P) * VIEWS + problem // P) * D + row

@@ -97,6 +97,26 @@ def column_pointers(source, d):
 
 
 @triton.jit
+def block_of_rows(source, columns, index_ptr, v, p, top, n, P, N):
+    """(pointers to columns, offsets) of rows top + n of problem p of view v; ``columns``: of the first row.
+
+    Without an index a loop over ``top`` moves the pointers to columns, and the offsets stay as they are.
+    """
+    if index_ptr is None:
+        return columns + top * source.stride_n, row_offsets(source, index_ptr, v, p, n, P, N)
+    else:
+        return columns, row_offsets(source, index_ptr, v, p, top + n, P, N)
+
+
+@triton.jit
+def zero_outside(e, mask, EVEN: tl.constexpr):
+    """e, 0 where masked.  EVEN: nothing is masked."""
+    if EVEN:
+        return e
+    return tl.where(mask, e, 0.0)
+
+
+@triton.jit
 def load_tile(pointers, mask, EVEN: tl.constexpr):
     """A tile, 0 where masked.  EVEN: nothing is masked, and no mask is computed."""
     if EVEN:

@@ -39,7 +39,7 @@ from .splitk import split, tril_tiles
 
 # The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile.  On the dual side as many as
 # leave a program for most SMs; on the primal side, for up to 8 splits and for more, the largest that no target spilled.
-_DUAL_SPLITS, _FEW_SPLITS, _MANY_SPLITS = (4, 1024), (4, 512), (8, 128)
+_DUAL_SPLITS, _FEW_SPLITS, _MANY_SPLITS = (4, 1024), (2, 1024), (8, 128)
 # The most features of which a program of the backward pass keeps the whole of C0.
 _NARROW = 64
 # Rows of a chunk: 2^24 of 64 features are 2^30 elements, and offsets within a chunk are 32-bit.
@@ -183,7 +183,7 @@ def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     }  # fmt: skip
     arguments: dict[str, Any] = {
         **shared, "views": group.views, "chunk_sums_ptr": chunk_sums,
-        "OPERAND_TYPE": matmul.tl_dtype, "DOT_PRECISION": matmul.dot_precision, "BLOCK_K": product.block_k,
+        "EVEN": N % product.block_k == 0 and D % product.block_m == 0, "DOT_PRECISION": matmul.dot_precision, "BLOCK_K": product.block_k,
         **launch_options(device, product.warps, product.stages),
     }  # fmt: skip
     if narrow:
