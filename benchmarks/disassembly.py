@@ -67,7 +67,9 @@ def disassembled(compiled: Any) -> str:
         usage = subprocess.run(
             [tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
         )
-        code = subprocess.run([tool("nvdisasm"), "-c", "-gi", cubin], capture_output=True, text=True, check=True)
+        code = subprocess.run(
+            [tool("nvdisasm"), "-c", "-gi", cubin], capture_output=True, text=True, check=True
+        )
     return usage.stdout + code.stdout
 
 

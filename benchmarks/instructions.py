@@ -117,7 +117,9 @@ def source_branches() -> dict[str, list[Branch]]:
     known = set()
     for file, function in _functions():
         for node in ast.walk(function):
-            key = (function.name, ast.unparse(node.test)) if isinstance(node, ast.If) else None
+            if not isinstance(node, ast.If):
+                continue
+            key = (function.name, ast.unparse(node.test))
             if key not in BRANCHES:
                 continue
             known.add(key)
@@ -165,7 +167,9 @@ class Code(NamedTuple):
     def executions(self, arguments: Arguments) -> list[float]:
         """How often a warp of the average program executes each instruction."""
         shares = {key: share(arguments) for key, share in BRANCHES.items() if key in self._branches_taken}
-        counts = [math.prod(shares[key] if holds else 1 - shares[key] for key, holds in b) for b in self.branches]
+        counts = [
+            math.prod(shares[key] if holds else 1 - shares[key] for key, holds in b) for b in self.branches
+        ]
         for loop in self.loops:  # inner loops first
             trips = self._trips(loop, arguments)
             in_branch = loop.source is not None and loop.source[0] in IN_BRANCH
@@ -220,7 +224,9 @@ def parse(code: str) -> Code:
             skipped.append(range(position + 1, first))
     # Code that is entered from within a loop and stands behind it jumps back, and is no loop.
     regions = {
-        first: last for first, last in regions.items() if not any(a < first <= z < last for a, z in regions.items())
+        first: last
+        for first, last in regions.items()
+        if not any(a < first <= z < last for a, z in regions.items())
     }
     loops: list[Loop] = []
     for first, last in sorted(regions.items(), key=lambda region: region[1] - region[0]):  # inner loops first

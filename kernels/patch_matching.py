@@ -243,7 +243,22 @@ def _match_forward_kernel(
                 )
             else:
                 d = _map_tile(
-                    x, y, b, q, c, q_norm, P1, P2, C, AXES, EVEN, NATIVE, DOT_PRECISION, BLOCK_Q, BLOCK_C, BLOCK_K
+                    x,
+                    y,
+                    b,
+                    q,
+                    c,
+                    q_norm,
+                    P1,
+                    P2,
+                    C,
+                    AXES,
+                    EVEN,
+                    NATIVE,
+                    DOT_PRECISION,
+                    BLOCK_Q,
+                    BLOCK_C,
+                    BLOCK_K,
                 ).to(DISTANCE_TYPE)
         else:
             d = _map_tile(

@@ -91,7 +91,11 @@ def _covariance_matmul(
             k = start + tl.arange(0, BLOCK_K)
             C = load_tile(M + k[:, None], (k < D)[:, None] & (d < D)[None, :], EVEN)
             if UNCHANGED:
-                z = load_tile(column_pointers(source, k)[None, :] + rows[:, None], (n < N)[:, None] & (k < D)[None, :], EVEN)
+                z = load_tile(
+                    column_pointers(source, k)[None, :] + rows[:, None],
+                    (n < N)[:, None] & (k < D)[None, :],
+                    EVEN,
+                )
                 g = tl.dot(z.to(C.dtype), C, g, input_precision=DOT_PRECISION)
                 hi = tl.load(hi_ptr + k, mask=k < D, other=0.0)
                 lo = tl.load(lo_ptr + k, mask=k < D, other=0.0)
@@ -129,7 +133,9 @@ def _complete(
         slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
         g += c * (slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var))[None, :]
     if upstream.inv_ptr is not None:
-        other = load_tile(column_pointers(other_source, d)[None, :] + other_rows[:, None], mask, EVEN).to(tl.float32)
+        other = load_tile(column_pointers(other_source, d)[None, :] + other_rows[:, None], mask, EVEN).to(
+            tl.float32
+        )
         g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
     return g
 

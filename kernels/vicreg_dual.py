@@ -30,7 +30,15 @@ from .numerics import (
     tril_tile,
     undo_halves,
 )
-from .views import block_of_rows, column_pointers, load_rows, load_tile, row_offsets, select_source, zero_outside
+from .views import (
+    block_of_rows,
+    column_pointers,
+    load_rows,
+    load_tile,
+    row_offsets,
+    select_source,
+    zero_outside,
+)
 
 
 @triton.jit

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from .numerics import divide, operand_of, tril_tile, undo_halves
-from .views import block_of_rows, column_pointers, load_rows, load_tile, row_offsets, select_source, zero_outside
+from .views import (
+    block_of_rows,
+    column_pointers,
+    load_rows,
+    load_tile,
+    row_offsets,
+    select_source,
+    zero_outside,
+)
 
 
 @triton.jit

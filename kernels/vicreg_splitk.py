@@ -73,8 +73,12 @@ def _reduce_covariance(
         S = _load_splits(split_ptr, k, splits, BLOCK_M)
         n = tl.maximum(tl.minimum(split_length, N - k * split_length), 1).to(tl.float64)
         inverse_n = 1.0 / n
-        t_r, b_r, q = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, row, D, inverse_n, base_r, mean_r)
-        t_c, b_c, _ = _chunk_means(chunk_sums_ptr, k, splits, problem, problems, column, D, inverse_n, base_c, mean_c)
+        t_r, b_r, q = _chunk_means(
+            chunk_sums_ptr, k, splits, problem, problems, row, D, inverse_n, base_r, mean_r
+        )
+        t_c, b_c, _ = _chunk_means(
+            chunk_sums_ptr, k, splits, problem, problems, column, D, inverse_n, base_c, mean_c
+        )
         square += q * q + n[:, None] * (b_r * b_r - t_r * t_r)
         # The means are float64, their products need not be: C is as exact as its splits.
         b_r = (b_r * n[:, None]).to(tl.float32)

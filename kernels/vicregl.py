@@ -36,7 +36,7 @@ from .numerics import (
     undo_halves,
 )
 from .scatter_rows import add_rows
-from .views import column_pointers, load_rows, match_set_offset, matches_of, select_source
+from .views import column_pointers, match_set_offset, matches_of, select_source
 
 
 @triton.jit
@@ -202,10 +202,8 @@ def _vicregl_forward_kernel(
                 gram = tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
             wide = o.to(WIDE)
             row_sq_norms += tl.sum(wide * wide, 1)
-            if FORMAT == "fp32":  # the operand is c
-                operand_v = squares
-            else:
-                operand_v = tl.sum(o * o, 0).to(tl.float64)  # (m - 1) vhat
+            # (m - 1) vhat; the float32 operand is c
+            operand_v = squares if FORMAT == "fp32" else tl.sum(o * o, 0).to(tl.float64)
             tl.store(columns_ptr + D + d, operand_v.to(tl.float32) * inverse_degrees, mask=inside)
             norm -= operand_v * operand_v
         else:

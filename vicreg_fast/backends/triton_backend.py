@@ -70,7 +70,7 @@ def gradient(
             grads = autotune.tuned(
                 lambda: launch_vicregl.keys(plan, of_one_dtype, matmul, device)[1:],
                 lambda: launch_vicregl.gradient(
-                    plan, of_one_dtype, match_index, *saved, upstream, needs, matmul, device
+                    plan, of_one_dtype, match_index, saved, upstream, needs, matmul, device
                 ),
             )
             return [g.to(source.dtype) for g, source in zip(grads, sources, strict=True) if g is not None]

@@ -92,7 +92,9 @@ def terms(
     config: Local = choose(forward_key)
     x = sources[0]
     B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
-    gram, columns = (torch.empty(size, dtype=dtype, device=x.device) for size, dtype in saved(plan, x.shape, matmul))
+    gram, columns = (
+        torch.empty(size, dtype=dtype, device=x.device) for size, dtype in saved(plan, x.shape, matmul)
+    )
     # Freed when the forward pass returns.
     squares = torch.empty(8 * B, D, dtype=torch.float64, device=x.device)
     scratch = columns if columns.numel() else torch.empty(8 * B, 3, D, dtype=torch.float32, device=x.device)
@@ -127,14 +129,14 @@ def gradient(
     plan: Plan,
     sources: Sequence[Tensor],
     match_index: Tensor,
-    gram: Tensor,
-    columns: Tensor,
+    saved: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
     matmul: MatmulPolicy,
     device: Device,
 ) -> list[Tensor | None]:
     """Gradients of the maps that need one, in their type; None for a map that needs none."""
+    gram, columns = saved
     _, gradient_key = keys(plan, sources, matmul, device)
     config: LocalGradient = choose(gradient_key)
     x, y = sources
