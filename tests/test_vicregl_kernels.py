@@ -76,6 +76,21 @@ def test_primal_of_many_matches(C: int) -> None:
     assert_parity(maps, [torch.rand(2, P, 2) for P in (64, 70)], (64, 64), False, "highest", 0.0)
 
 
+def test_float32_in_two_parts_as_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G and the gradients' sums from operands split into TF32 and a rest; here other matmuls are as exact, so this is asked for."""
+    from vicreg_fast.backends.triton import arguments
+
+    policy = arguments.matmul_policy
+
+    def on_tensor_cores(*args: Any) -> arguments.MatmulPolicy:
+        return policy(*args)._replace(dot_precision="tf32x3", exact_precision="tf32x3")
+
+    monkeypatch.setattr(arguments, "matmul_policy", on_tensor_cores)
+    maps = maps_of(3, (49, 50), 130)
+    assert uses_dual(3, 20, 130)
+    assert_parity(maps, [torch.rand(3, P, 2) for P in (49, 50)], (20, 20), False, "highest", 0.0)
+
+
 def test_one_image() -> None:
     maps = maps_of(1, (12, 9), 48)
     assert_parity(maps, [torch.rand(1, P, 3) for P in (12, 9)], (9, 9), False, "highest", 0.0)
