@@ -115,13 +115,29 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
+def _share_of_matrix(arguments: dict[str, Any]) -> float:
+    """The share of M that a launch writes or reads: the forward pass's kernels write their own tiles each."""
+    a = arguments
+    if "full_tiles" not in a:
+        return 1.0
+    reduces = "BLOCK_R" in a
+    split_tiles = (
+        a["grid"] // (a["BLOCK_M"] // a["BLOCK_R"]) if reduces else (a["grid"] - a["full_tiles"]) // a["splits"]
+    )
+    own = split_tiles if reduces else a["full_tiles"]
+    return float(own / (a["full_tiles"] + split_tiles))
+
+
 def _traffic(arguments: dict[str, Any]) -> int:
     """The bytes of a launch's tensors, each once; of the distances of matches only the matched rows."""
     if "distance_ptr" in arguments:
         x = arguments["x"].ptr
         return int(2 * arguments["B"] * arguments["m"] * (arguments["C"] * x.element_size() + 8))
     tensors = {id(tensor): tensor for value in arguments.values() for tensor in _tensors(value)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if isinstance(M := arguments.get("M_ptr"), Tensor):
+        total -= round((1 - _share_of_matrix(arguments)) * M.numel() * M.element_size())
+    return total
 
 
 def _matmul(name: str, card: Card) -> tuple[float, float]:
