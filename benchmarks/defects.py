@@ -17,7 +17,7 @@ from . import disassembly
 Exceptions = Mapping[tuple[str, str], str]
 # Fewer bytes of aligned inputs than 16 a thread and instruction.
 NARROW: Exceptions = {
-    ("gradient", "_covariance_matmul"): "TF32 matmuls of compute capability 9.0 take o along its rows",
+    ("gradient", "load_tile"): "TF32 matmuls of compute capability 9.0 take o along its rows",
     ("vicregl_forward", "_finish_gram"): "G has rows of m matches, any number",
     ("vicregl_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
     ("select_forward", "_nearest_of_blocks"): "distances of P patches, any number",
@@ -26,7 +26,7 @@ NARROW: Exceptions = {
 SYNCHRONOUS: Exceptions = {
     (
         "narrow_second_moment_forward cuda:100",
-        "load_rows",
+        "load_tile",
     ): "Triton 3.6 cannot compile the pipelined loop there",
     ("", "replace_diagonal"): "many blocks at a time, and most often all: the loop runs once",
     ("splitk_reduction", "_load_splits"): "many splits at a time, from the cache",
@@ -40,8 +40,8 @@ SYNCHRONOUS: Exceptions = {
 }
 # The same, where the line has asynchronous copies too.
 PARTLY_SYNCHRONOUS: Exceptions = {
-    ("moments_forward", "load_rows"): "the other view, in half of the programs: a neighbour has just read it",
-    ("second_moment_forward", "load_rows"): "the columns of the sums: the matmul has just read them",
+    ("moments_forward", "load_tile"): "the other view, in half of the programs: a neighbour has just read it",
+    ("second_moment_forward", "load_tile"): "the columns of the sums: the matmul has just read them",
 }
 # Approximate divisions and roots.
 APPROXIMATE: Exceptions = {

@@ -136,8 +136,22 @@ def _finish_columns(
 
 
 @triton.jit
-def _finish_gram(gram, row_sq_norms, n, m, gram_ptr, FORMAT: tl.constexpr):
+def _add_to_gram(gram, o, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr):
+    """gram + o o'; in two TF32 parts h and l, o = h + l: gram + h h' + 2 h l', which _finish_gram() makes symmetric."""
+    if DOT_PRECISION == "tf32x3":
+        high, low = split_in_two(o)
+        gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
+        return tl.dot(high, tl.trans(low + low), gram, input_precision="tf32")
+    else:
+        operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
+        return tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
+
+
+@triton.jit
+def _finish_gram(gram, row_sq_norms, n, m, gram_ptr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr):
     """Sum of (o o')^2, float64, of which the row norms are the diagonal.  G is stored, rounded, unless gram_ptr is None."""
+    if DOT_PRECISION == "tf32x3":
+        gram = (gram + tl.trans(gram)) * 0.5
     wide = undo_halves(gram, FORMAT).to(tl.float64)
     wide = tl.where(n[:, None] == n[None, :], row_sq_norms.to(tl.float64)[:, None], wide)
     if gram_ptr is not None:
@@ -193,13 +207,7 @@ def _vicregl_forward_kernel(
         tl.store(columns_ptr + d, lo, mask=inside)
         tl.store(squares_ptr + d, squares, mask=inside)
         if DUAL:
-            if DOT_PRECISION == "tf32x3":  # made symmetric at the end: h h' + h l' + l h'
-                high, low = split_in_two(o)
-                gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
-                gram = tl.dot(high, tl.trans(low + low), gram, input_precision="tf32")
-            else:
-                operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
-                gram = tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
+            gram = _add_to_gram(gram, o, FORMAT, OPERAND_TYPE, DOT_PRECISION)
             wide = o.to(WIDE)
             row_sq_norms += tl.sum(wide * wide, 1)
             # (m - 1) vhat; the float32 operand is c
@@ -220,10 +228,8 @@ def _vicregl_forward_kernel(
         G_ptr = gram_ptr
         if gram_ptr is not None:
             G_ptr = gram_ptr + _gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
-        if DOT_PRECISION == "tf32x3":
-            gram = (gram + tl.trans(gram)) * 0.5
         degrees = m.to(tl.float64) - 1
-        cov = (cov + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT)) / (degrees * degrees)
+        cov = (cov + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT, DOT_PRECISION)) / (degrees * degrees)
     at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
     tl.store(at, tl.sum(differences.to(tl.float64)) / m)
     tl.store(at + 1, hinge)

@@ -136,7 +136,7 @@ def _moments(block_d: int) -> Rows[Moments]:
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
         # Few columns fill the device only in narrow programs.  Many rows at a time, or each would wait for memory.
-        Row(ANY, 4096, Moments(128, 16, warps=4)),
+        Row(ANY, 4096, Moments(128, 16)),
         Row(1024, ANY, Moments(64, 32, warps=4)),
         Row(ANY, ANY, Moments(64, block_d, warps=4)),
     )

@@ -16,6 +16,8 @@ from .configs import Device, Key, Matching, choose, launch_options
 
 # Patches of a program of the selection, the most that it compares them with at a time, and blocks that it reads at a time.
 _SELECT_BLOCK, _COMPARED, _BLOCKS_AT_ONCE = 64, 512, 8
+# The largest tile whose program selects the matches too: with 128 patches Triton 3.6 spilled.
+_SINGLE_TILE = 64
 # Matches and channels at a time of a program of the distances.
 _DISTANCE_BLOCK_M, _DISTANCE_BLOCK_K = 16, 64
 
@@ -23,6 +25,12 @@ _DISTANCE_BLOCK_M, _DISTANCE_BLOCK_K = 16, 64
 def _axes(rows: Tensor) -> int:
     """Channels of rows that are compared as locations are; 0 for longer rows."""
     return rows.shape[2] if rows.shape[2] <= MAX_COORDINATES else 0
+
+
+def _dividing(count: int, largest: int) -> int:
+    """The largest block up to ``largest`` that divides a count, at least 16; ``largest`` if none does."""
+    blocks = (largest >> k for k in range((largest // 16).bit_length()))
+    return next((block for block in blocks if count % block == 0), largest)
 
 
 def key(maps: Sequence[Tensor], device: Device) -> Key:
@@ -57,7 +65,8 @@ def match(
     # float64 distances take twice the registers.
     largest = min(config.largest_tile, 64) if float64 else config.largest_tile
     block_q, block_c = block_of(P1, largest), block_of(P2, largest)
-    single_tile = max(P1, P2) <= largest
+    block_k = _dividing(C, config.block_k)
+    single_tile = max(P1, P2) <= min(largest, _SINGLE_TILE)
     blocks = -(-P1 // block_q)
     index = torch.empty(index_size(B, counts, kinds), dtype=torch.int64, device=x.device)
     counter = torch.empty(1, dtype=torch.int32, device=x.device)
@@ -73,10 +82,10 @@ def match(
         x=PatchMap(x, *x.stride()), y=PatchMap(y, *y.stride()), x_location=x_location, y_location=y_location,
         match_index_ptr=index, nearest=nearest, arrival_counter_ptr=counter, B=B, P1=P1, P2=P2, C=C, m1=m1, m2=m2,
         AXES=_axes(x), LOCATION_AXES=_axes(locations[0]) if locations else 0,
-        DISTANCE_TYPE=tl.float64 if float64 else tl.float32, EVEN=C % config.block_k == 0, NATIVE=chosen_by.kind == "half",
+        DISTANCE_TYPE=tl.float64 if float64 else tl.float32, EVEN=C % block_k == 0, NATIVE=chosen_by.kind == "half",
         DOT_PRECISION=matmul_policy(None, maps, device).exact_precision,
         BOTH=both, PATCH_ORDER=match_order == "patch", PER_SLOT=per_slot,
-        BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=config.block_k,
+        BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_K=block_k,
         **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
     if nearest is not None:
