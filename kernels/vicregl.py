@@ -29,6 +29,7 @@ from .numerics import (
     exponent_scale,
     hinge_of,
     hinge_slope,
+    operand_of,
     round_matrix,
     round_to_format,
     split_in_two,
@@ -136,14 +137,13 @@ def _finish_columns(
 
 
 @triton.jit
-def _add_to_gram(gram, o, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr):
+def _add_to_gram(gram, operand, DOT_PRECISION: tl.constexpr):
     """gram + o o'; in two TF32 parts h and l, o = h + l: gram + h h' + 2 h l', which _finish_gram() makes symmetric."""
     if DOT_PRECISION == "tf32x3":
-        high, low = split_in_two(o)
+        high, low = split_in_two(operand)
         gram = tl.dot(high, tl.trans(high), gram, input_precision="tf32")
         return tl.dot(high, tl.trans(low + low), gram, input_precision="tf32")
     else:
-        operand = to_storage(o, FORMAT).to(OPERAND_TYPE)
         return tl.dot(operand, tl.trans(operand), gram, input_precision=DOT_PRECISION)
 
 
@@ -202,12 +202,12 @@ def _vicregl_forward_kernel(
             difference = (q - z) * weight[:, None]
             differences += tl.sum(difference * difference, 0)
         c, lo = _centred(z, z_0, weight, inverse_m)
-        o = round_to_format(c, FORMAT)
+        stored, o = operand_of(c, FORMAT)
         squares = _squares_of(c, FORMAT)
         tl.store(columns_ptr + d, lo, mask=inside)
         tl.store(squares_ptr + d, squares, mask=inside)
         if DUAL:
-            gram = _add_to_gram(gram, o, FORMAT, OPERAND_TYPE, DOT_PRECISION)
+            gram = _add_to_gram(gram, stored, DOT_PRECISION)
             wide = o.to(WIDE)
             row_sq_norms += tl.sum(wide * wide, 1)
             # (m - 1) vhat; the float32 operand is c
