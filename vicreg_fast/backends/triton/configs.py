@@ -183,7 +183,7 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
     return {
         # BLOCK_K 16: with 32 and four warps Triton 3.6 spills beside locations.
-        "fp32": (Row(ANY, ANY, Matching(64, 16, fp32.warps, stages)),),
+        "fp32": (Row(ANY, ANY, Matching(64, 16, 4, stages)),),
         "half": (small, *large),
     }
 
@@ -200,7 +200,7 @@ def _local_gradient(warps: int, fp32_columns: int = 64) -> dict[str, Rows[LocalG
     }
 
 
-def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -> Table:
+def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64, local_half: int = 64) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
     # The primal side's operands pass through registers, so its BLOCK_K is smaller.
     primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
@@ -218,7 +218,7 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64) -
         # The float64 squares of float32-accurate operands take more registers.
         local={
             name: (Row(32, ANY, Local(block_d, 1)), Row(ANY, ANY, Local(16, 4)))
-            for name, block_d in (("fp32", 16), ("tf32", 32), ("half", 64))
+            for name, block_d in (("fp32", 16), ("tf32", 32), ("half", local_half))
         },
         local_gradient=_local_gradient(fp32.warps),
     )
@@ -263,9 +263,10 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 
 
 ARCHITECTURES = {
-    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64)), _unaligned(3, local_warps=8)),
+    # 64 columns of 16 bits spilled on compute capability 8.
+    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), local_half=32), _unaligned(3, local_warps=8)),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
-    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32)), _unaligned(2, local_warps=8)),
+    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)),
     "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),
     "gfx942": Tables(_large(2), _unaligned(2)),
