@@ -188,12 +188,12 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     }
 
 
-def _local_gradient(warps: int, fp32_columns: int = 64) -> dict[str, Rows[LocalGradient]]:
+def _local_gradient(warps: int, fp32_columns: int = 64, half_columns: int = 128) -> dict[str, Rows[LocalGradient]]:
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     many = Row(ANY, ANY, LocalGradient(32, 16, warps))
     middle = Row(32, 128, LocalGradient(128, 32, 8))
     # Of up to 64 and of more patches: the most columns that spill on neither Triton 3.6 nor 3.9.  float16 is of kind tf32.
-    columns = {"fp32": (fp32_columns, 32), "tf32": (64, 32), "half": (128, 64)}
+    columns = {"fp32": (fp32_columns, 32), "tf32": (64, 32), "half": (half_columns, 64)}
     return {
         kind: (Row(32, 64, LocalGradient(64, few)), middle, Row(32, ANY, LocalGradient(256, more, 8)), many)
         for kind, (few, more) in columns.items()
@@ -232,8 +232,8 @@ class Tables(NamedTuple):
     unaligned: Table
 
 
-def _large(stages: int) -> Table:
-    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64))
+def _large(stages: int, local_half: int = 64) -> Table:
+    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64), local_half=local_half)
 
 
 def _sm100() -> Tables:
@@ -241,7 +241,7 @@ def _sm100() -> Tables:
     matching: dict[str, Rows[Matching]] = {
         kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
-    table = _large(3)
+    table = _large(3, local_half=32)
     # Triton 3.6 cannot compile the pipelined loop of few features.
     second_moment: dict[str, Rows[Product]] = {
         kind: tuple(
@@ -249,7 +249,7 @@ def _sm100() -> Tables:
         )
         for kind, rows in table.second_moment.items()
     }
-    local_gradient = _local_gradient(8, fp32_columns=32)
+    local_gradient = _local_gradient(8, fp32_columns=32, half_columns=64)
     aligned = table._replace(matching=matching, local_gradient=local_gradient, second_moment=second_moment)
     return Tables(aligned, _unaligned(3, local_warps=8))
 
@@ -263,7 +263,7 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 
 
 ARCHITECTURES = {
-    # 64 columns of 16 bits spilled on compute capability 8.
+    # 64 columns of 16 bits spilled on compute capability 8 and 10.
     "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), local_half=32), _unaligned(3, local_warps=8)),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
     "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)),
