@@ -19,7 +19,8 @@ CASES = [command.Case((8, 16)), command.Case((5, 33, 1)), command.Case((6, 12, 9
 
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_PARITY", CASES)
+    for name in ("_QUICK", "_ALL"):
+        monkeypatch.setattr(command, name, dict.fromkeys((torch.float64, torch.float32), CASES))
 
 
 def test_quick_reports_the_machine_and_passes(capsys: Capture) -> None:
@@ -29,6 +30,24 @@ def test_quick_reports_the_machine_and_passes(capsys: Capture) -> None:
         assert word in out
     assert "FAILED" not in out
     assert "Speed" not in out
+
+
+def test_quick_checks_few_cases_and_differentiates_the_whole_loss_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    evaluate, results = command._evaluate, list[dict[str, Any]]()
+
+    def recorded(*args: Any) -> Any:
+        results.append(evaluate(*args))
+        return results[-1]
+
+    monkeypatch.setattr(command, "_evaluate", recorded)
+    assert command.main(["--quick", "--device", "cpu"]) == 0
+    assert "of 4 cases" in capsys.readouterr().out
+    assert len(results) == 2 * 3 + 3 * (3 + 2)  # float64 has no eager result of its own
+    for found in results:
+        assert [name for name in found if name.startswith("gradient")] == ["gradient of loss"]
+        assert len(found) > 4  # every loss has a value
 
 
 def wrong_by(factor: float, monkeypatch: pytest.MonkeyPatch, features: int | None = None) -> None:
@@ -52,6 +71,14 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
     assert f"FAILED torch.float64 {CASES[1]}" in failed[0]
 
 
+def test_wrong_bfloat16_value_fails(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    wrong_by(1.03, monkeypatch, features=100)
+    assert command.main(["--quick", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED torch.bfloat16 VICReg 257x100" in out
+    assert "1 FAILED" in out
+
+
 @pytest.mark.usefixtures("few_cases")
 def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     right: Callable[..., None] = backward.gradient
@@ -63,7 +90,7 @@ def test_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Captur
         right(views, plan, product, spare, shifted, *args, **kwargs)
 
     monkeypatch.setattr(backward, "gradient", wrong)
-    assert command.main(["--quick", "--device", "cpu"]) == 1
+    assert command.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     for case in CASES:
         for dtype in ("float64", "float32"):
