@@ -144,10 +144,13 @@ def test_it_needs_no_torch_of_its_own(tmp_path: Path) -> None:
     assert "correctness,tuning,proof" in done.stdout
 
 
-@pytest.mark.parametrize("place", ["with another part", "in the checkout"])
+@pytest.mark.parametrize("place", ["with another part", "in the checkout", "below a file"])
 def test_an_unusable_folder_is_refused(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path if place == "with another part" else ROOT / "card"
-    (tmp_path / "steps.jsonl").touch()
+    file = tmp_path / "steps.jsonl"
+    file.touch()
+    folder = {"with another part": tmp_path, "in the checkout": ROOT / "card", "below a file": file / "out"}[
+        place
+    ]
     with pytest.raises(SystemExit) as stopped:
         first_card.main(["--part", "proof", "--out", str(folder)])
     assert stopped.value.code == 2
