@@ -42,7 +42,7 @@ from .tune_results import Found, Writer, step_record
 BEST = 24
 # Of a kernel's share of the time: for waiting for the compiler, and for the rounds of the timing, within these seconds.
 _COMPILING, _TIMING, _LONGEST_TIMING = 0.6, 0.2, 2.0
-# Of all the time, at most, for the estimates that decide the order.
+# Of all the time, at most, for the estimates that decide the order; more where no shape has one by then.
 _PLANNING = 0.25
 _RESERVE = 1.0  # seconds for the end
 # Candidates of a kernel that may end the process.  To start it again takes about ten seconds, and a kernel of which more
@@ -114,10 +114,17 @@ class Sweep:
         """The keys of all shapes in the order of the search.  Compilation starts."""
         waiting = {shape: self._pool.apply_async(sift.outlook, (shape, self._goal)) for shape in self._shapes}
         until = time.monotonic() + _PLANNING * self._left()
+
+        def waits() -> bool:
+            ready = [answer.ready() for answer in waiting.values()]
+            return not all(ready) and self._left() > 0 and (time.monotonic() < until or not any(ready))
+
+        while waits():
+            time.sleep(0.02)
         outlooks: list[Outlook] = []
         for shape, answer in waiting.items():
             try:
-                outlooks.append(answer.get(max(0.0, until - time.monotonic())))
+                outlooks.append(answer.get(0))
             except multiprocessing.TimeoutError:
                 print(f"{shape}: the tables' own configurations were not compiled in time", flush=True)
                 self._count(NO_TIME)

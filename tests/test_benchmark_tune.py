@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -163,15 +164,33 @@ def test_a_table_that_crashes_is_an_error() -> None:
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-class Pool:
-    """In place of processes: works at once, in this one."""
+class Answer(NamedTuple):
+    """In place of an answer of a process: computed when it is asked for, from its time on."""
 
-    def __init__(
-        self, processes: int, initializer: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> None: ...
+    compute: Callable[[], Any]
+    begin: float
+
+    def ready(self) -> bool:
+        return time.monotonic() >= self.begin
+
+    def get(self, timeout: float) -> Any:
+        if time.monotonic() + timeout < self.begin:
+            raise multiprocessing.TimeoutError
+        return self.compute()
+
+
+class Pool:
+    """In place of processes: works in this one, at once but for the outlooks, which wait for their turn."""
+
+    outlook_seconds = 0.0
+
+    def __init__(self, processes: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self.turns = 0
 
     def apply_async(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        return type("Answer", (), {"get": lambda self, timeout: function(*arguments)})()
+        self.turns += function is sift.outlook
+        begin = time.monotonic() + self.turns * self.outlook_seconds
+        return Answer(partial(function, *arguments), begin if function is sift.outlook else 0.0)
 
     def terminate(self) -> None: ...
 
@@ -267,6 +286,18 @@ def test_no_kernel_is_begun_when_the_time_is_over(
     assert device.asked == []
     assert (document["kernels"], document["complete"]) == ([], False)
     assert f"no time left for {SLOW} gradient, {SLOW} gram, {FAST} gradient" in capsys.readouterr().out
+
+
+def test_the_order_is_decided_by_the_estimates_that_came_in_time_or_by_the_first(
+    swept: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pool, "outlook_seconds", 0.1)
+    monkeypatch.setattr(tune, "_PLANNING", 0.0)
+    assert tune.tune([SLOW, FAST], 1.0, str(tmp_path)) == 0
+    assert f"{FAST}: the tables' own configurations were not compiled in time" in capsys.readouterr().out
+    document = json.loads((tmp_path / "tune.json").read_text())
+    assert [kernel["shape"] for kernel in document["kernels"]] == [SLOW, SLOW]
+    assert not document["complete"]
 
 
 def test_a_kernel_that_the_end_cuts_off_is_no_error(swept: list[Any], with_gpu: None, tmp_path: Path) -> None:
