@@ -242,6 +242,11 @@ QUICK = {
 }  # fmt: skip
 
 
+def case_of(name: str) -> Case:
+    """A shape by its name.  Raises StopIteration for an unknown one."""
+    return next(case for case in CASES if case.name == name)
+
+
 def require_gpu_shapes(names: Iterable[str]) -> None:
     """Raise :class:`UsageError` for the name of a shape that one GPU does not measure."""
     known = [case.name for case in CASES if "cuda" in case.devices and case.suite != "distributed"]

@@ -27,6 +27,7 @@ from .cases import Case
 from .results import Document
 from .shapes import KERNEL_SHAPES
 from .text import duration, table
+from .variant import Variant, compile_for, variant_of
 
 # The model's constants.
 COPY_SHARE, MATMUL_SHARE, ISSUE_RATE, LAUNCH_SECONDS = 0.8, 0.7, 0.6, 3e-6
@@ -89,7 +90,7 @@ CARDS = {
 class Launch(NamedTuple):
     """A launch that the library would make: what is compiled, its arguments by name, its programs, and what came out."""
 
-    variant: resources.Variant
+    variant: Variant
     arguments: dict[str, Any]
     programs: int
     compiled: Any = None  # None: not compiled yet
@@ -101,7 +102,7 @@ def launches(case: Case, target: str, device: configs.Device | None = None) -> l
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **keywords: Any) -> None:
         arguments = {**keywords, "grid": math.prod(grid)}
-        made.append(Launch(resources.variant_of(kernel, keywords), arguments, math.prod(grid)))
+        made.append(Launch(variant_of(kernel, keywords), arguments, math.prod(grid)))
 
     kernel_pass.make_without_data(case, target, record, device)
     return made
@@ -150,7 +151,7 @@ def _matmul(name: str, card: Card) -> tuple[float, float]:
 def kernel_record(launch: Launch, target: str, card: Card | None = None) -> dict[str, Any]:
     """What is known of a launch, and its time by the model on a card (default: the target's)."""
     card, arguments, programs = card or CARDS[target], launch.arguments, launch.programs
-    compiled = launch.compiled or resources.compile_for(launch.variant, target)
+    compiled = launch.compiled or compile_for(launch.variant, target)
     found = resources.examine(launch.variant, target, compiled)
     text = disassembly.disassembled(compiled)
     code = instructions.parse(text)
@@ -195,7 +196,7 @@ def floor_microseconds(case: Case, card: Card) -> float:
 
 def shape_record(name: str, target: str, card: Card | None = None) -> dict[str, Any]:
     """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
-    case = next(case for case in cases.CASES if case.name == name)
+    case = cases.case_of(name)
     device = None if card is None else resources.device_of(target)._replace(num_sms=card.sms)
     card = card or CARDS[target]
     kernels = [kernel_record(launch, target, card) for launch in launches(case, target, device)]

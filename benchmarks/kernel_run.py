@@ -4,6 +4,7 @@ A shape has a process of its own: an illegal access ends that process, and a ker
 processes compile at the same time and are timed one after the other.
 """
 
+import math
 import os
 import signal
 from argparse import Namespace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import kernel_results, machine, results
-from .cases import CASES, require_gpu_shapes
+from .cases import case_of, require_gpu_shapes
 from .results import Document, UsageError
 from .shapes import KERNEL_SHAPES
 from .text import duration, table
@@ -30,10 +31,7 @@ class MadeUpTimer:
 
     def capture(self, launch: Any) -> Callable[[], float]:
         """A function that makes no launch and returns made-up seconds: 5 µs, and 10 ns a program."""
-        programs = 1
-        for size in launch.grid:
-            programs *= size
-        return lambda: 5e-6 + 1e-8 * programs
+        return lambda: 5e-6 + 1e-8 * math.prod(launch.grid)
 
 
 def _time_shape(name: str, device: str, made_up: bool, channel: Connection) -> None:
@@ -52,7 +50,7 @@ def _time_shape(name: str, device: str, made_up: bool, channel: Connection) -> N
         where = torch.device(device)
         if where.type == "cuda":
             torch.cuda.set_device(where)
-        case = next(case for case in CASES if case.name == name)
+        case = case_of(name)
         with providers.matmul_precision(case.precision, where):
             losses = providers.ours_of(case, "triton", providers.definition_of(case))
             step = Step(losses, case.inputs(0, where))

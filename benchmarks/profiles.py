@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import kernel_results, machine, providers
-from .cases import CASES
+from .cases import Case, case_of, require_gpu_shapes
 from .kernel_results import Pair
 from .results import UsageError
 from .text import table
@@ -64,9 +64,8 @@ def worst(measured: Mapping[str, Any], estimates: Sequence[Mapping[str, Any]], c
     return sorted(found, key=lambda launch: launch.pair.ratio or 0, reverse=True)[:count]
 
 
-def step_of(shape: str, device: torch.device) -> Step:
+def step_of(case: Case, device: torch.device) -> Step:
     """The step of a shape on the kernels, run once."""
-    case = next(case for case in CASES if case.name == shape)
     return Step(providers.ours_of(case, "triton", providers.definition_of(case)), case.inputs(0, device))
 
 
@@ -99,9 +98,9 @@ def kernel_events(trace: Mapping[str, Any], kernel: str, position: int, per_step
 
 def _torch_profile(launch: Worst, device: torch.device) -> list[str]:
     """What torch's profiler says of a launch, over a few steps."""
-    case = next(case for case in CASES if case.name == launch.shape)
+    case = case_of(launch.shape)
     with providers.matmul_precision(case.precision, device), tempfile.TemporaryDirectory() as folder:
-        step = step_of(launch.shape, device)
+        step = step_of(case, device)
         torch.cuda.synchronize(device)
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             for _ in range(5):
@@ -127,11 +126,10 @@ def run(arguments: Namespace) -> int:
         raise UsageError(f"kernels are profiled on a GPU, got device {device}")
     torch.cuda.set_device(device)
     if arguments.step is not None:  # under ncu
-        case = next((case for case in CASES if case.name == arguments.step), None)
-        if case is None:
-            raise UsageError(f"no shape {arguments.step!r}")
+        require_gpu_shapes([arguments.step])
+        case = case_of(arguments.step)
         with providers.matmul_precision(case.precision, device):
-            step_of(case.name, device).both()
+            step_of(case, device).both()
             torch.cuda.synchronize(device)
         return 0
     if None in (arguments.times, arguments.estimates, arguments.out):

@@ -18,9 +18,10 @@ from triton.runtime.jit import MockTensor
 from vicreg_fast.backends.triton import autotune, configs
 from vicreg_fast.backends.triton.configs import Device, Key
 
-from . import cases, estimate, resources
-from .cases import Case
+from . import estimate, resources
+from .cases import Case, case_of
 from .estimate import Launch
+from .variant import gpu_target
 
 # The kernels that have a key's configuration, and those whose work changes with it.
 _KERNELS = {
@@ -82,11 +83,6 @@ def start_process(current: Any) -> None:
     _current = current
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def case_of(name: str) -> Case:
-    """A shape by its name."""
-    return next(case for case in cases.CASES if case.name == name)
 
 
 def outlook(shape: str, goal: Goal) -> Outlook:
@@ -182,7 +178,7 @@ class _NoGPU:
 
 def compile_as_launched(launch: Launch, target: str) -> Any:
     """What Triton compiles at this launch, from its cache if it is there."""
-    driver.set_active(_NoGPU(resources.gpu_target(target)))
+    driver.set_active(_NoGPU(gpu_target(target)))
     arguments = {name: _without_address(value) for name, value in launch.arguments.items() if name != "grid"}
     return launch.variant.kernel.run(grid=(launch.programs,), warmup=True, **arguments)
 

@@ -18,7 +18,7 @@ from vicreg_fast.backends.triton.launch_timing import Effort, GraphTimer, Launch
 from vicreg_fast.backends.triton.search import Trial
 
 from . import kernel_pass, sift
-from .cases import Inputs
+from .cases import Inputs, case_of
 
 
 class Search(NamedTuple):
@@ -101,7 +101,7 @@ class _Work:
     def _inputs_of(self, shape: str) -> Inputs:
         if self._inputs is None or self._inputs[0] != shape:
             self._inputs = None
-            inputs = sift.case_of(shape).inputs(0, self._device)
+            inputs = case_of(shape).inputs(0, self._device)
             self._inputs = (shape, tuple(z.detach() for z in inputs))
         return self._inputs[1]
 
@@ -120,14 +120,14 @@ class _Work:
 
         inputs = self._inputs_of(job.shape)
         with autotune.searching(tuner), torch.no_grad():
-            kernel_pass.make(sift.case_of(job.shape), inputs)
+            kernel_pass.make(case_of(job.shape), inputs)
         if not found:
             raise LookupError(f"no pass of {job.shape} asks for {job.key}")
         return found[0]
 
     def together(self, job: Together) -> list[Trial]:
         """Trials of the whole step: with the tables' configurations, and with the rows."""
-        case, inputs = sift.case_of(job.shape), self._inputs_of(job.shape)
+        case, inputs = case_of(job.shape), self._inputs_of(job.shape)
         results: list[list[Tensor]] = []
         made: dict[int, list[Launch]] = {}
         for position, rows in enumerate(({}, job.rows)):

@@ -27,7 +27,7 @@ A, B, C = Gradient(64, 64, 32), Gradient(64, 128, 32), Gradient(128, 64, 32)
 SIFTED = """
 import json
 import torch
-from benchmarks import estimate, sift
+from benchmarks import cases, estimate, sift
 from vicreg_fast.backends.triton import configs
 
 goal = sift.Goal("cuda:90", configs.Device("sm90", 66))
@@ -41,7 +41,7 @@ print(json.dumps([[verdict.config, verdict.microseconds, verdict.reason] for ver
 print(len(configs.tuned_configs))
 
 # What is compiled for tensors without data is what a launch on real ones takes from the cache.
-launch = estimate.launches(sift.case_of(shape), goal.target, goal.device)[1]
+launch = estimate.launches(cases.case_of(shape), goal.target, goal.device)[1]
 def real(value):
     if isinstance(value, torch.Tensor):
         return torch.empty(16, dtype=value.dtype)

@@ -79,12 +79,13 @@ FAR_FEATURES = """
 import contextlib
 import torch
 from benchmarks import resources
+from benchmarks.variant import compile_for, variant_of
 from vicreg_fast.backends import triton_backend
 from vicreg_fast.plan import TWO_VIEWS
 
 made = {}
 def record(kernel, *, grid, warmup, **keywords):
-    variant = resources.variant_of(kernel, keywords)
+    variant = variant_of(kernel, keywords)
     made[variant.key()] = variant
 
 for N, D in ((4096, 32), (4096, 256), (16, 512)):
@@ -96,7 +97,7 @@ for N, D in ((4096, 32), (4096, 256), (16, 512)):
         results = triton_backend.terms(TWO_VIEWS, [x, y], None)
         triton_backend.gradient(TWO_VIEWS, [x, y], None, results[TWO_VIEWS.outputs :], results[:3], [True, True])
 for variant in made.values():
-    resources.compile_for(variant, "cuda:90")
+    compile_for(variant, "cuda:90")
 print(len(made))
 """
 
