@@ -104,11 +104,37 @@ def test_a_file_alone_is_read_and_nothing_is_searched(
     assert len(requested.read_text().splitlines()) == 3
 
 
-def test_a_file_alone_that_is_missing_is_named(requested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("missing", "No such file"), ("folder", "Is a directory"), ("binary", "can't decode")],
+    ids=["missing", "folder", "binary"],
+)
+def test_a_file_alone_that_cannot_be_read_is_named(
+    kind: str, words: str, requested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("VICREG_FAST_AUTOTUNE")
-    with pytest.warns(UserWarning, match=r"VICREG_FAST_AUTOTUNE_FILE names .*configs\.jsonl, which does not"):
+    if kind == "folder":
+        requested.mkdir(parents=True)
+    elif kind == "binary":
+        requested.parent.mkdir()
+        requested.write_bytes(b"\xff\xfe")
+    with pytest.warns(UserWarning, match=rf"no row of .*configs\.jsonl is used, because .*{words}"):
         gradient_of(torch.randn(20, 96))
     gradient_of(torch.randn(20, 96))  # warns once
+
+
+def test_a_file_that_cannot_be_written_to_costs_no_step(
+    requested: Path, timer: FakeTimer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(autotune, "append", full)
+    with pytest.warns(
+        UserWarning, match=r"alone, because .*configs\.jsonl cannot be written to: no space left"
+    ):
+        gradient_of(torch.randn(20, 96))
+    assert used() == WANTED
 
 
 def test_a_search_changes_no_result(requested: Path, timer: FakeTimer, monkeypatch: pytest.MonkeyPatch) -> None:

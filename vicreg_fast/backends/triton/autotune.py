@@ -79,25 +79,29 @@ def tuned(
 
 def _read() -> None:
     """Use the rows of the file, which is read once."""
-    if file() in _files_read:
+    path = file()
+    if path in _files_read:
         return
-    _files_read.add(file())
-    if not enabled() and not file().exists():
-        warnings.warn(f"{_FILE} names {file()}, which does not exist: no row of it is used", stacklevel=4)
-    configs.tuned_configs.update(rows())
+    _files_read.add(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        if not (enabled() and isinstance(error, FileNotFoundError)):  # a search makes the file
+            warnings.warn(f"no row of {path} is used, because it cannot be read: {error}", stacklevel=4)
+        return
+    configs.tuned_configs.update(_rows(path, text))
 
 
-def rows() -> dict[configs.Key, Any]:
-    """The rows of the file, the last one of each key; none without a file."""
+def _rows(path: Path, text: str) -> dict[configs.Key, Any]:
+    """The rows of a file, the last one of each key."""
     configurations = {}
-    lines = file().read_text().splitlines() if file().exists() else []
-    for line_number, line in enumerate(lines, 1):
+    for line_number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
             key = configs.Key(*row["key"])
             configurations[key] = configs.KERNELS[key.kernel].config(**row["config"])
         except (ValueError, TypeError, LookupError):
-            warnings.warn(f"{file()}, line {line_number}, is no row of a search and is left out", stacklevel=2)
+            warnings.warn(f"{path}, line {line_number}, is no row of a search and is left out", stacklevel=2)
     return configurations
 
 
@@ -137,7 +141,11 @@ def _keep(key: configs.Key, trials: list[search.Trial]) -> None:
             f"{wrong[0].reason}",
             stacklevel=2,
         )
-    append(file(), key, best, trials[0])
+    try:
+        append(file(), key, best, trials[0])
+    except OSError as error:
+        words = f"what a search finds is kept in this process alone, because {file()} cannot be written to"
+        warnings.warn(f"{words}: {error}", stacklevel=2)
 
 
 def append(path: Path, key: configs.Key, best: search.Trial, table: search.Trial) -> None:
