@@ -7,6 +7,7 @@ processes compile at the same time and are timed one after the other.
 import math
 import os
 import signal
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -21,8 +22,8 @@ from .results import Document, UsageError
 from .shapes import KERNEL_SHAPES
 from .text import duration, table
 
-# Seconds until a shape's process has compiled its kernels, and until it has timed them.
-_COMPILATION, _TIMING = 90.0, 30.0
+# Seconds until all processes have compiled their kernels, and until one has timed them.
+_COMPILATION, _TIMING = 75.0, 30.0
 MADE_UP = "times made up to rehearse without a GPU: Triton's interpreter made the launches, and none was timed"
 
 
@@ -75,10 +76,11 @@ class _Process:
         self._process.start()
         other.close()  # so that the end of the process is the end of the channel
 
-    def message(self, seconds: float, during: str) -> Any:
-        """What the process sends next, or a line that says why it sends nothing."""
+    def message(self, seconds: float, during: str, begin: float | None = None) -> Any:
+        """What the process sends within seconds of the beginning, or of now, or a line that says why it sends nothing."""
+        left = seconds if begin is None else begin + seconds - time.monotonic()
         try:
-            if self._channel.poll(seconds):
+            if self._channel.poll(max(0.0, left)):
                 return self._channel.recv()
             return f"{during} took more than {seconds:.0f} s"
         except EOFError:
@@ -118,7 +120,8 @@ def _measure(names: Sequence[str], device: str, made_up: bool, add: Callable[[di
     for first in range(0, len(names), at_once):
         processes = [_Process(name, device, made_up) for name in names[first : first + at_once]]
         try:
-            ready = [process.message(_COMPILATION, "compilation") for process in processes]
+            begin = time.monotonic()
+            ready = [process.message(_COMPILATION, "compilation", begin) for process in processes]
             for process, failure in zip(processes, ready, strict=True):
                 add(shape_record(process.name, failure or process.times()))
                 process.end()

@@ -1,6 +1,7 @@
 """Files of kernels' times: what is refused, how kernels are paired, and how one process a shape is watched."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_a_process_that_takes_too_long_is_given_up() -> None:
     process = kernel_run._Process("64x64-high", "cpu", True)
     try:
         assert process.message(0.01, "compilation") == "compilation took more than 0 s"
+        begin = time.monotonic() - 90
+        assert process.message(75.0, "compilation", begin) == "compilation took more than 75 s"
     finally:
         process.end()
 

@@ -61,6 +61,21 @@ def test_launches_are_made_and_recorded() -> None:
     assert InterpretedFunction.run is before
 
 
+def test_other_codes_kernels_are_launched_and_not_recorded() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def store(x_ptr, value):
+        tl.store(x_ptr, value)
+
+    x = torch.zeros(1)
+    with timing.recorded(every_thread=True) as launches:
+        store[(1,)](x, 2.0)
+        store[lambda options: (1,)](x, value=3.0)
+    assert (x.item(), launches) == (3.0, [])
+
+
 @pytest.mark.parametrize(("every_thread", "expected"), [(False, []), (True, NAMES)])
 def test_another_threads_launches_are_recorded_on_request(every_thread: bool, expected: list[str]) -> None:
     other = threading.Thread(target=step, args=(torch.randn(20, 96),))

@@ -131,8 +131,9 @@ class _Hook:
         kind = type(vicreg_dual._gram_forward_kernel)
         launch, package = kind.run, kernels.__name__
 
-        def run(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> Any:
-            compiled = launch(kernel, grid=grid, warmup=warmup, **arguments)
+        def run(kernel: Any, *positional: Any, grid: Any, warmup: bool, **arguments: Any) -> Any:
+            # Other code's kernels are launched in any way, this library's with keywords.
+            compiled = launch(kernel, *positional, grid=grid, warmup=warmup, **arguments)
             if kernel.fn.__module__.startswith(package):
                 made = Launch(kernel, tuple(grid), arguments, compiled)
                 for thread, launches in list(_listeners):
