@@ -95,12 +95,15 @@ def _add_kernels(commands: Any) -> None:
     kernels.add_argument(
         "--made-up", action="store_true", help="rehearse on a CPU, with times that are made up"
     )
-    about = commands.add_parser("machine", help="the device, versions, clocks, commit and ceilings as JSON")
+    words = "print the device, versions, clocks, commit and ceilings as JSON"
+    about = commands.add_parser("machine", help=words, description=f"P{words[1:]}.")
     about.add_argument(
         "--device", metavar="NAME", help="cuda, cuda:1 or cpu (default: cuda where there is one)"
     )
     about.add_argument("--json", metavar="FILE", help="write it there too")
-    profile = commands.add_parser("profile", help="profile the kernels that miss their estimates by the most")
+    words = "profile the kernels that miss their estimates by the most"
+    profile = commands.add_parser("profile", help=words, description=f"With --times, --estimates and --out: {words}. "
+                                  "Needs a GPU.", epilog="exit status: 0; 2 for a bad argument")  # fmt: skip
     profile.add_argument("--device", metavar="NAME", help="cuda or cuda:1 (default: cuda)")
     profile.add_argument("--times", metavar="FILE", help="of kernels")
     profile.add_argument("--estimates", metavar="FILE", help="of estimate --json")

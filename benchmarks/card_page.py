@@ -219,13 +219,13 @@ def _rows(folder: Path) -> str:
         else:
             table_name = line
     found = f"{len(document['kernels'])} kernels searched, {kept} without a new row."
-    words = [found if document["timed"] else f"{found} **Nothing was timed: ranked by the estimate alone.**"]
+    words = found if document["timed"] else f"{found} **Nothing was timed: ranked by the estimate alone.**"
     steps_of_shapes = [
         (step["shape"], step["reason"], *(_microseconds(step[key]) for key in ("table", "rows")))
         for step in document["steps"]
     ]
     columns = ("shape", "reason", "µs with the tables", "µs with the rows")
-    return "\n".join([*words, "", *lines, "", table(columns, steps_of_shapes)])
+    return "\n\n".join(filter(None, [words, "\n".join(lines), table(columns, steps_of_shapes)]))
 
 
 def _microseconds(times: dict[str, float] | None) -> str | None:

@@ -146,7 +146,7 @@ class Sweep:
 
     def _search(self, task: Task, share: float) -> Found:
         """Wait for the compiler, then time the best candidates.  ``share``: the seconds of this key."""
-        until = time.monotonic() + _COMPILING * share
+        until = time.monotonic() + (share if self._device is None else _COMPILING * share)
         verdicts: list[Verdict] = []
         for group, answer in task.pending:
             try:
