@@ -12,7 +12,6 @@ Nothing here is measured.  ``--against`` puts a card's measured times beside it:
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,7 +220,7 @@ def estimate(target: str | None, names: Sequence[str] | None, out: str | None, a
         f"{target}, {card.name} ({card.source}), Triton {triton.__version__}: estimated by a model, nothing is measured"
     )
     shapes, status = [], 0
-    with ProcessPoolExecutor() as pool:
+    with resources.compilers() as pool:
         waiting = {name: pool.submit(shape_record, name, target, measured) for name in names or KERNEL_SHAPES}
         for name, future in waiting.items():
             try:

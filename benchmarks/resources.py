@@ -12,11 +12,13 @@ those that the library launches.  A variant has a defect if
 ``defects.py`` has the exceptions from the last three, each with its reason.
 """
 
-import concurrent.futures
 import functools
+import multiprocessing
 import re
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -281,13 +283,26 @@ def _listed(target: str, every: int) -> list[Variant]:
     return list(variants(target))[::every]
 
 
+@contextmanager
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile.  Ctrl-C ends them at once: the executor alone would do everything that it was given first."""
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+
+
 def report(target: str, every: int = 1) -> int:
     """Print a row for every variant, or for one in ``every``; return the number of defects."""
     print(f"{'kernel':92}{'registers':>10}{'spilled':>8}{'shared':>8}{'CTAs/SM':>10}  opcodes")
     defects = 0
     count = len(_listed(target, every))
     # Variants cannot be pickled, so each process lists them again and receives a position.
-    with concurrent.futures.ProcessPoolExecutor() as pool:
+    with compilers() as pool:
         for name, resources in pool.map(functools.partial(_examine_nth, target, every), range(count)):
             numbers = f"{resources.registers:>10}{resources.spilled:>8}{resources.shared:>8}{resources.ctas_per_sm:>10}"
             marks = "".join(f"  DEFECT: {defect}" for defect in resources.defects)

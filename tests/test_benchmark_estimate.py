@@ -121,6 +121,26 @@ def test_a_shape_of_a_cpu_is_refused() -> None:
     assert "256x8192-highest" in done.stderr
 
 
+INTERRUPTED = """
+import signal, time
+from benchmarks import resources
+
+try:
+    with resources.compilers() as pool:
+        waiting = [pool.submit(time.sleep, 60) for _ in range(100)]
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        waiting[0].result()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_ends_the_compilers_at_once() -> None:
+    done = run("-c", INTERRUPTED)  # which has work for an hour
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+
+
 def test_every_loop_of_the_kernels_has_a_number_of_steps() -> None:
     code = "from benchmarks import instructions as i; print(sorted(set(i.source_loops().values())));"
     code += "print({name: len(loops) for name, loops in i.LOOPS.items()}); print(i.RARE)"

@@ -188,7 +188,9 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     }
 
 
-def _local_gradient(warps: int, fp32_columns: int = 64, half_columns: int = 128) -> dict[str, Rows[LocalGradient]]:
+def _local_gradient(
+    warps: int, fp32_columns: int = 64, half_columns: int = 128
+) -> dict[str, Rows[LocalGradient]]:
     # One program for all of an image's patches, up to 256: several would compute the same matched rows again.
     many = Row(ANY, ANY, LocalGradient(32, 16, warps))
     middle = Row(32, 128, LocalGradient(128, 32, 8))
@@ -264,9 +266,13 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 
 ARCHITECTURES = {
     # 64 columns of 16 bits spilled on compute capability 8 and 10.
-    "sm80": Tables(_table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), local_half=32), _unaligned(3, local_warps=8)),
+    "sm80": Tables(
+        _table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), local_half=32), _unaligned(3, local_warps=8)
+    ),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
-    "sm86": Tables(_table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)),
+    "sm86": Tables(
+        _table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)
+    ),
     "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),
     "gfx942": Tables(_large(2), _unaligned(2)),
