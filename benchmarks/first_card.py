@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         part = [[step._replace(environment={**added, **step.environment}) for step in group] for group in part]
 
         def write(verdicts: Sequence[dict[str, Any]]) -> None:
-            card_page.write(out, arguments.part, verdicts, time.monotonic() - begin, arguments.rehearse)
+            try:
+                card_page.write(out, arguments.part, verdicts, time.monotonic() - begin, arguments.rehearse)
+            except Exception:  # what the steps have written is worth more than their page
+                (out / "page.md").write_text(f"This page could not be made:\n\n{traceback.format_exc()}")
 
         runner = Runner(out, view, 60 * arguments.minutes - _MARGIN - (time.monotonic() - begin), write)
         try:

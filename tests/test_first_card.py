@@ -158,6 +158,22 @@ def test_an_unusable_folder_is_refused(place: str, tmp_path: Path, capsys: pytes
     assert not (ROOT / "card").exists()
 
 
+def test_a_page_that_cannot_be_made_ends_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise KeyError("microseconds")
+
+    steps = [[Step(name, ("true",), 9, 0)] for name in ("first", "second")]
+    monkeypatch.setattr(Part, "proof", lambda self: steps)
+    monkeypatch.setattr(first_card.card_page, "write", broken)
+    monkeypatch.setattr(first_card.signal, "signal", lambda *arguments: None)
+    assert first_card.main(["--part", "proof", "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == ["first", "second"]
+    assert "KeyError: 'microseconds'" in capsys.readouterr().out
+
+
 def test_the_view_of_a_checkout_has_the_kernels_in_the_package(tmp_path: Path) -> None:
     """Of a checkout in which nothing is installed or linked."""
     for name in (
