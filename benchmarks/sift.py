@@ -7,7 +7,7 @@ arguments, so what a process compiles is in Triton's cache when another process 
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -154,10 +154,15 @@ def _launches_with(case: Case, goal: Goal, key: Key, config: Any) -> list[Launch
     before = dict(configs.tuned_configs)
     configs.tuned_configs.update({key: config})
     try:
-        return estimate.launches(case, goal.target, goal.device)
+        with autotune.searching(as_it_is):
+            return estimate.launches(case, goal.target, goal.device)
     finally:
         configs.tuned_configs.clear()
         configs.tuned_configs.update(before)
+
+
+def as_it_is(keys: Sequence[Key], run: Callable[[], Any], values: Any) -> None:
+    """A tuner that searches nothing and reads no rows, whatever the environment asks for."""
 
 
 class _NoGPU:

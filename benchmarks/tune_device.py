@@ -5,7 +5,7 @@ one was the last.
 """
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -134,7 +134,7 @@ class _Work:
             self._announce(None)
             configs.tuned_configs.update(rows)
             try:
-                with launch_timing.recorded() as launches, autotune.searching(_as_it_is), torch.no_grad():
+                with launch_timing.recorded() as launches, autotune.searching(sift.as_it_is), torch.no_grad():
                     results.append(kernel_pass.make(case, inputs))
                 search.require_device(self._device)
             finally:
@@ -145,10 +145,6 @@ class _Work:
         if reason is not None:
             del made[1]
         return search.timed(trials, made, self._timer, _effort(job.seconds), self._announce)
-
-
-def _as_it_is(keys: Sequence[Key], run: Callable[[], Any], values: Any) -> None:
-    """A tuner that searches nothing, whatever the environment asks for."""
 
 
 def _effort(seconds: float) -> Effort:

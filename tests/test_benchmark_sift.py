@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,8 +53,12 @@ print(compiled.hash == launch.variant.kernel.run(grid=(1,), warmup=True, **argum
 """
 
 
-def test_candidates_are_compiled_as_launched_and_estimated() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+def test_candidates_are_compiled_as_launched_and_estimated(tmp_path: Path) -> None:
+    # Rows of an earlier search do not count.  This one would not compile.
+    rows = tmp_path / "configs.jsonl"
+    config = {"largest_tile": 64, "block_k": 48, "warps": 4, "stages": 2}
+    rows.write_text(json.dumps({"key": ["sm90", 66, True, "matching", "half", 64, 196, 384], "config": config}))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "VICREG_FAST_AUTOTUNE_FILE": str(rows)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SIFTED],
         capture_output=True,
