@@ -80,8 +80,8 @@ def test_candidates_nearest_to_the_table_come_first() -> None:
 # -- a search without kernels ---------------------------------------------------------------------------------------
 
 KEY = key_of("local", 20, 49)
-TABLE = Local(128, 2)
-A, B, C = Local(16, 1), Local(32, 1), Local(64, 1)
+TABLE = configs.from_table(KEY)
+A, B, C = Local(16, 1), Local(32, 1), Local(256, 4)
 
 
 class FakeKernel:
