@@ -200,7 +200,8 @@ def variants(target: str) -> Iterator[Variant]:
                         _run(gathered, shape, dtype)
         for maps in MAPS:
             for dtype in DTYPES.values():
-                for precision in (None, "highest", "high") if dtype == torch.float32 else (None,):
+                precisions = (None, "highest", "high", "medium") if dtype == torch.float32 else (None,)
+                for precision in precisions:
                     _run_local(maps, dtype, precision)
     yield from seen.values()
 

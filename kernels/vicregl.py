@@ -318,6 +318,8 @@ def _vicregl_gradient_kernel(
             tile -= x_tiles
             L = L2
             g_ptr = y_grad_ptr
+    # Of a float32 gradient, two bfloat16 parts of a row would lose six bits.
+    ROWS: tl.constexpr = FORMAT if g_ptr.dtype.element_ty == tl.bfloat16 else "fp32"
     patch = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     n = tl.arange(0, BLOCK_N)
     out = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
@@ -335,7 +337,7 @@ def _vicregl_gradient_kernel(
                     views, index_ptr, G_ptr, of_queries, upstream, scales, direction, of_y, b, n, d, B, D, m,
                     DUAL, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_F,
                 )  # fmt: skip
-                out = add_rows(out, g, n, m, own_index_ptr, 1, patch, FORMAT, EXACT_PRECISION)
+                out = add_rows(out, g, n, m, own_index_ptr, 1, patch, ROWS, EXACT_PRECISION)
                 # From the match set x to y to that of y to x.
                 index_ptr += 2 * B * m1
                 if gram_ptr is not None:

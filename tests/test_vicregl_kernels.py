@@ -91,6 +91,26 @@ def test_float32_in_two_parts_as_on_tensor_cores(monkeypatch: pytest.MonkeyPatch
     assert_parity(maps, [torch.rand(3, P, 2) for P in (49, 50)], (20, 20), False, "highest", 0.0)
 
 
+def test_gradients_of_float32_maps_are_not_added_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision="medium" rounds a matmul's operands.  A GPU's policy is asked for: the interpreter's holds them as float32."""
+    from vicreg_fast.backends.triton import arguments
+
+    maps = [z.requires_grad_() for z in maps_of(2, (9, 12), 96)]
+    locations = [torch.rand(2, P, 2) for P in (9, 12)]
+
+    def invariance(maps: Sequence[Tensor], backend: str) -> Tensor:
+        loss = VICRegLLoss(9, 0.0, backend=backend, precision="highest")
+        return loss.local_loss(*maps, *locations)["location/inv-loss"]
+
+    wide = [z.detach().double().requires_grad_() for z in maps]
+    truth = torch.autograd.grad(invariance(wide, "reference"), wide)
+    fast = invariance(maps, "triton")
+    policy = arguments.MatmulPolicy("bf16", "tf32", torch.bfloat16, "half", "ieee")
+    monkeypatch.setattr(arguments, "matmul_policy", lambda *_: policy)
+    for g, t in zip(torch.autograd.grad(fast, maps), truth, strict=True):
+        assert (g - t).norm() <= 8 * U * t.norm()
+
+
 def test_one_image() -> None:
     maps = maps_of(1, (12, 9), 48)
     assert_parity(maps, [torch.rand(1, P, 3) for P in (12, 9)], (9, 9), False, "highest", 0.0)

@@ -57,9 +57,12 @@ def keys(plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: De
     B, m = sources[0].shape[0], max(plan.match_counts)
     patches = max(source.shape[1] for source in sources)
     aligned = all(is_aligned(source) for source in sources)
+    # float32 maps take twice the registers of 16-bit ones, whatever their operands are rounded to.
+    widened = matmul.kind == "half" and sources[0].dtype == torch.float32
+    kind, gradient_kind = ("tf32", "tf32") if widened else (matmul.kind, matmul.gradient_kind)
     return [
-        Key(*device, aligned, "local", matmul.kind, B, m, patches),
-        Key(*device, aligned, "local_gradient", matmul.gradient_kind, B, m, patches),
+        Key(*device, aligned, "local", kind, B, m, patches),
+        Key(*device, aligned, "local_gradient", gradient_kind, B, m, patches),
     ]
 
 
