@@ -111,6 +111,12 @@ def hinge_slope(std, gamma, eps):
 
 
 @triton.jit
+def variance_factor(slope, u):
+    """slope * u for the upstream gradient u, zero where the slope is, even if u is infinite."""
+    return tl.where(slope > 0.0, slope * u, 0.0)
+
+
+@triton.jit
 def exponent_scale(a):
     """(s, 1 / s): the power of two at or below a > 0, from its exponent; 1 if a is zero, subnormal or infinite."""
     bits = a.to(tl.uint32, bitcast=True) & 0x7F800000

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format, to_storage
+from .numerics import round_to_format, to_storage, variance_factor
 from .vicreg_dual import load_operand
 from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source
 
@@ -84,7 +84,7 @@ def _covariance_matmul(
         # C is symmetric: read along k, as TF32 matmuls on compute capability 9.0 want it.
         M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
         # c C0 = z C0 - m C0.  bfloat16 rows are multiplied unchanged, straight from memory, which is more exact than c
-        # rounded to bfloat16: |m| is at most some 2^8 deviations, or z could not tell them apart, and sums are float32.
+        # rounded to bfloat16: |m| is rarely more than 2^8 deviations, which z could not tell apart, and sums are float32.
         PARTS: tl.constexpr = 16  # the fewest rows of a matmul
         mean_matmul = tl.zeros((PARTS, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_K):
@@ -131,7 +131,8 @@ def _complete(
         g -= round_to_format(c, FORMAT) * (f_cov * operand_v)[None, :]
     if upstream.var_ptr is not None:
         slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
-        g += c * (slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var))[None, :]
+        u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
+        g += c * variance_factor(slope, u)[None, :]
     if upstream.inv_ptr is not None:
         other = load_tile(column_pointers(other_source, d)[None, :] + other_rows[:, None], mask, EVEN).to(
             tl.float32

@@ -11,7 +11,7 @@ x, y: (P, N, D), any strides, no index.  2 N D^2 operations a view.  Buffers: do
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format
+from .numerics import round_to_format, variance_factor
 from .vicreg_backward import needed_view
 from .views import column_pointers, load_rows, row_offsets, select_source
 
@@ -45,7 +45,7 @@ def _narrow_gradient_kernel(
     f_var = tl.zeros_like(hi)
     if upstream.var_ptr is not None:
         slope = tl.load(at + 2 * step, mask=d < D, other=0.0)
-        f_var = slope * (tl.load(upstream.var_ptr).to(tl.float32) * scales.var)
+        f_var = variance_factor(slope, tl.load(upstream.var_ptr).to(tl.float32) * scales.var)
     f_inv = 0.0
     if upstream.inv_ptr is not None:
         f_inv = tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv

@@ -35,6 +35,7 @@ from .numerics import (
     split_in_two,
     to_storage,
     undo_halves,
+    variance_factor,
 )
 from .scatter_rows import add_rows
 from .views import column_pointers, match_set_offset, matches_of, select_source
@@ -181,6 +182,7 @@ def _vicregl_forward_kernel(
     query_source = select_source(views, 2 * direction)
     n = tl.arange(0, BLOCK_N)
     weight = (n < m).to(tl.float32)
+    largest = tl.where(n < m, float("inf"), 0.0)
     inverse_m = divide(1.0, m)
     inverse_degrees = divide(1.0, m - 1)
     rows, row_0 = _matched_rows(index_ptr, b, side, n, B, m, source)
@@ -199,7 +201,8 @@ def _vicregl_forward_kernel(
         z, z_0 = _load_columns(source, row_0, rows, d, D, EVEN)
         if side == 1:
             q, _ = _load_columns(query_source, query_row_0, query_rows, d, D, EVEN)
-            difference = (q - z) * weight[:, None]
+            # Zero in the rows from m on, even if row 0 is infinite; NaN stays.
+            difference = tl.minimum(tl.abs(q - z), largest[:, None], propagate_nan=tl.PropagateNan.ALL)
             differences += tl.sum(difference * difference, 0)
         c, lo = _centred(z, z_0, weight, inverse_m)
         stored, o = operand_of(c, FORMAT)
@@ -266,8 +269,8 @@ def _match_set_gradient(
         g = (z - other) * divide(tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, m)
     if upstream.var_ptr is not None:
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var * inverse_degrees
-        slope = tl.load(columns_ptr + 2 * D + d, mask=d < D, other=0.0) * u
-        g = tl.fma(c, slope[None, :], g)
+        slope = tl.load(columns_ptr + 2 * D + d, mask=d < D, other=0.0)
+        g = tl.fma(c, variance_factor(slope, u)[None, :], g)
     if upstream.cov_ptr is not None:
         o = round_to_format(c, FORMAT)
         f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov * inverse_degrees

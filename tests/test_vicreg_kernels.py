@@ -224,6 +224,20 @@ def test_nan_of_any_bits_stays_nan(shape: tuple[int, int], kind: str) -> None:
     assert_nan_stays(shape, kind)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@dual_and_primal
+def test_an_infinite_upstream_gradient_leaves_inactive_columns_alone(shape: tuple[int, int]) -> None:
+    """Where the hinge is zero its gradient is zero, whatever it is multiplied with."""
+    x, y = (torch.randn(shape) * torch.tensor([3.0, 0.3]).repeat(shape[1] // 2) for _ in range(2))
+    grads = {}
+    for backend in ("triton", "reference"):
+        z = x.clone().requires_grad_()
+        (functional.vicreg_terms(z, y, backend=backend).var * float("inf")).backward()
+        grads[backend] = z.grad
+    assert torch.equal(grads["triton"].isfinite(), grads["reference"].isfinite())
+    assert grads["triton"][:, ::2].eq(0).all()
+
+
 @both_sides(dual=[(3, 90)], primal=[(3, 2), (7, 8)])
 def test_few_samples_very_near_to_each_other(shape: tuple[int, int]) -> None:
     """Their distances have squares that are no float32; the gradient of the variance is of size 1 all the same."""

@@ -212,6 +212,17 @@ def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
         assert not truth[0, 3].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_infinite_first_match_gives_an_infinite_invariance() -> None:
+    """Rows of a block beyond the matches are copies of the first one: infinity times zero would be NaN."""
+    x, y = (z.detach() for z in maps_of(2, (9, 9), 32))
+    x[0, 0, 3] = float("inf")
+    locations = [torch.arange(9.0)[:, None].expand(2, 9, 2)] * 2  # each patch matches itself, in order
+    for backend in ("triton", "reference"):
+        losses = VICRegLLoss(9, 0.0, backend=backend)(x, y, None, None, *locations)
+        assert losses["location/inv-loss"] == float("inf"), backend
+
+
 # -- determinism and launches -----------------------------------------------------------------------------------
 
 
