@@ -182,8 +182,9 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     block_k = half.block_k if fp32.warps == 4 else 32
     large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
     return {
-        # BLOCK_K 16: with 32 and four warps Triton 3.6 spills beside locations.
-        "fp32": (Row(ANY, ANY, Matching(64, 16, 4, stages)),),
+        # BLOCK_K 16: with 32 and four warps Triton 3.6 spills beside locations.  Up to three channels are compared as locations
+        # are, by differences, which take more registers than a matmul.
+        "fp32": (Row(ANY, 3, Matching(64, 16, 8, stages)), Row(ANY, ANY, Matching(64, 16, 4, stages))),
         "half": (small, *large),
     }
 
