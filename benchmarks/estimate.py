@@ -196,8 +196,8 @@ def floor_microseconds(case: Case, card: Card) -> float:
 def shape_record(name: str, target: str, card: Card | None = None) -> dict[str, Any]:
     """The estimate of a shape: its kernels, their sum, and its share of the roofline bound."""
     case = cases.case_of(name)
-    device = None if card is None else resources.device_of(target)._replace(num_sms=card.sms)
     card = card or CARDS[target]
+    device = resources.device_of(target)._replace(num_sms=card.sms)
     kernels = [kernel_record(launch, target, card) for launch in launches(case, target, device)]
     floor = floor_microseconds(case, card)
     total = sum(kernel["microseconds"] for kernel in kernels)
