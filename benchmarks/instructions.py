@@ -64,7 +64,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
     "_narrow_gradient_kernel": [_steps("chunk_length", "BLOCK_N")],
-    "_finish_columns": [lambda a: math.ceil(a["D"] / 64)],
+    "_finish_columns": [_steps("D", "BLOCK_S")],
     "_vicregl_forward_kernel": [_steps("D", "BLOCK_D"), _steps("D", "BLOCK_F")],
     "_match_set_gradient": [_steps("D", "BLOCK_F")],
     "_vicregl_gradient_kernel": [lambda a: 2.0],  # directions

@@ -168,8 +168,12 @@ def _vicregl_forward_kernel(
     B, D, m1, m2, gamma, eps,
     DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: one view of one match set of one image.  The candidates' program computes the invariance too."""
+    """One program: one view of one match set of one image.  The candidates' program computes the invariance too.
+
+    BLOCK_D columns at a time, and at the end, where each has one value, BLOCK_S.
+    """
     program = tl.program_id(0)
     side = program % 2
     direction = program // 2 % 2
@@ -225,7 +229,7 @@ def _vicregl_forward_kernel(
                 )
                 wide_C = C.to(tl.float64)
                 norm += tl.sum(wide_C * wide_C, 0)
-    hinge = _finish_columns(squares_ptr, columns_ptr, m, D, gamma, eps, 64)
+    hinge = _finish_columns(squares_ptr, columns_ptr, m, D, gamma, eps, BLOCK_S)
     cov = tl.sum(norm)
     if DUAL:
         G_ptr = gram_ptr

@@ -14,10 +14,12 @@ from ...plan import Matches, Plan
 from ...scales import match_set_scales
 from ...sides import uses_dual
 from .arguments import MatmulPolicy, block_of, is_aligned
-from .configs import Device, Key, Local, LocalGradient, choose, launch_options
+from .configs import INTERPRETER, Device, Key, Local, LocalGradient, choose, launch_options
 
 # Matches that one program holds: more do not fit its registers.
 MOST_MATCHES = 64
+# Columns at a time where each has one value; in the interpreter, which has no registers to run out of, one block.
+_COLUMNS, _COLUMNS_INTERPRETED = 64, 512
 
 
 def fits(plan: Plan) -> bool:
@@ -113,7 +115,7 @@ def terms(
         B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
         DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
         DOT_PRECISION=matmul.dot_precision, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f,
-        **launch_options(device, config.warps),
+        BLOCK_S=_COLUMNS_INTERPRETED if device == INTERPRETER else _COLUMNS, **launch_options(device, config.warps),
     )  # fmt: skip
     return [*outputs, gram, columns]
 
