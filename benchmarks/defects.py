@@ -46,7 +46,6 @@ PARTLY_SYNCHRONOUS: Exceptions = {
 # Approximate divisions and roots.
 APPROXIMATE: Exceptions = {
     ("", "tril_tile"): "the root is corrected both ways",
-    ("match_forward", "_feature_tile"): "any constant that is common to both maps is right",
 }
 
 

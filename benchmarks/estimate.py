@@ -11,7 +11,7 @@ Nothing here is measured.  ``--against`` puts a card's measured times beside it:
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from vicreg_fast.backends.triton import configs
+from vicreg_fast.backends.triton.search import flattened
 
 from . import cases, disassembly, instructions, kernel_pass, kernel_results, resources, results, targets
 from .cases import Case
@@ -107,14 +108,6 @@ def launches(case: Case, target: str, device: configs.Device | None = None) -> l
     return made
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for member in value:
-            yield from _tensors(member)
-
-
 def _share_of_matrix(arguments: dict[str, Any]) -> float:
     """The share of M that a launch writes or reads: the forward pass's kernels write their own tiles each."""
     a = arguments
@@ -133,7 +126,7 @@ def _traffic(arguments: dict[str, Any]) -> int:
     if "distance_ptr" in arguments:
         x = arguments["x"].ptr
         return int(2 * arguments["B"] * arguments["m"] * (arguments["C"] * x.element_size() + 8))
-    tensors = {id(tensor): tensor for value in arguments.values() for tensor in _tensors(value)}
+    tensors = {id(tensor): tensor for value in arguments.values() for tensor in flattened(value)}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if isinstance(M := arguments.get("M_ptr"), Tensor):
         total -= round((1 - _share_of_matrix(arguments)) * M.numel() * M.element_size())

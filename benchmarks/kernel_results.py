@@ -11,12 +11,12 @@ A kernel has its name, its programs, how many rounds were timed, and microsecond
 80 % of the rounds do not exceed, each launch alone with a cold L2 cache.
 """
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import results
 from .results import Document, UsageError
 
 SCHEMA, VERSION = "vicreg_fast.kernels", 1
@@ -28,15 +28,7 @@ QUANTILES = ("q20", "median", "q80")
 
 def load(path: Path) -> Document:
     """Read a file of kernels' times.  Raises :class:`UsageError` for a malformed file or another version."""
-    try:
-        document: Document = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not complete JSON: {error}") from error
-    kind = [document.get(key) for key in ("schema", "version")] if isinstance(document, dict) else []
-    if kind != [SCHEMA, VERSION]:
-        raise UsageError(f"{path} has schema and version {kind}; only {[SCHEMA, VERSION]} can be read")
+    document = results.read(path, SCHEMA, VERSION)
     _require(path, "$", document, _KEYS)
     for k, shape in enumerate(document["shapes"]):
         _require(path, f"$.shapes[{k}]", shape, _SHAPE_KEYS)

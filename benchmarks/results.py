@@ -27,18 +27,24 @@ def save(document: Document, path: Path) -> None:
     new.replace(path)
 
 
-def load(path: Path) -> Document:
-    """Read a result file.  Raises :class:`UsageError` for a malformed file or another version of the schema."""
+def read(path: Path, schema: str, version: int, renamed: tuple[str, str] = ("", "")) -> Document:
+    """Read JSON of a schema and version, with one text renamed.  Raises :class:`UsageError` for any other file."""
     try:
-        # Version 0.1.0 called vicreg_fast with another library's definition "ours as <library>".
-        document: Document = json.loads(path.read_text().replace("ours as ", "vicreg_fast-as-"))
+        document: Document = json.loads(path.read_text().replace(*renamed) if renamed[0] else path.read_text())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path} is not complete JSON: {error}") from error
     kind = [document.get(key) for key in ("schema", "version")] if isinstance(document, dict) else []
-    if kind != [SCHEMA, VERSION]:
-        raise UsageError(f"{path} has schema and version {kind}; only {[SCHEMA, VERSION]} can be read")
+    if kind != [schema, version]:
+        raise UsageError(f"{path} has schema and version {kind}; only {[schema, version]} can be read")
+    return document
+
+
+def load(path: Path) -> Document:
+    """Read a result file.  Raises :class:`UsageError` for a malformed file or another version of the schema."""
+    # Version 0.1.0 called vicreg_fast with another library's definition "ours as <library>".
+    document = read(path, SCHEMA, VERSION, ("ours as ", "vicreg_fast-as-"))
     try:
         import jsonschema
     except ImportError:  # a machine that only measures need not have it

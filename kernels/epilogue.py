@@ -114,6 +114,7 @@ def reduce_terms(partials, tile_partials, column_partials, terms, scales, DUAL: 
 def reduce_losses(partials_ptr, count, counter_ptr, location, feature, total_ptr, scales):
     """In the last program: two losses and their total, from partials (2, count, 3) of invariance, hinge and covariance."""
     if _arrives_last(counter_ptr):
+        # 256 at a time: in a program of one warp 1024 spilled.
         inv, hinge, norm = _sum_partials(partials_ptr, count, 3, 256)
         total = _store_terms(inv, hinge, norm, location, scales)
         inv, hinge, norm = _sum_partials(partials_ptr + 3 * count, count, 3, 256)

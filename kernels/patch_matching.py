@@ -123,7 +123,9 @@ def _feature_tile(
         if q_norm is None:
             wide_q = q_k.to(tl.float32)
             if not NATIVE:
-                s = tl.sum(wide_c, 0) * (1.0 / BLOCK_C)
+                s = tl.sum(wide_c, 0) * (
+                    1.0 / BLOCK_C
+                )  # beyond the last candidate it counts again: any s is right
                 s = tl.where(tl.abs(s) < float("inf"), s, 0.0)  # not finite: a candidate is not finite
                 wide_q -= s[None, :]
                 wide_c -= s[None, :]

@@ -89,7 +89,7 @@ def _off_diagonal(
     """Columns f of the operand, as they are multiplied, and C0 in rows f and columns d; ``o``: columns d of the operand."""
     z, z_0 = _load_columns(source, row_0, rows, f, D, EVEN)
     c, _ = _centred(z, z_0, weight, divide(1.0, m))
-    o_f = to_storage(round_to_format(c, FORMAT), FORMAT).to(OPERAND_TYPE)
+    o_f, _ = operand_of(c, FORMAT)
     C = tl.dot(tl.trans(o_f), to_storage(o, FORMAT).to(OPERAND_TYPE), input_precision=DOT_PRECISION)
     C = undo_halves(C, FORMAT) * divide(1.0, m - 1)
     return o_f, tl.where(f[:, None] == d[None, :], 0.0, C)

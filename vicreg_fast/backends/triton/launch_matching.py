@@ -14,7 +14,8 @@ from ..aten.nearest_patches import MAX_COORDINATES
 from .arguments import block_of, is_aligned, matmul_policy
 from .configs import Device, Key, Matching, choose, launch_options
 
-# Patches of a program of the selection, the most that it compares them with at a time, and blocks that it reads at a time.
+# Patches of a program of the selection, the most that it compares them with at a time, and blocks that it reads at a time.  Of
+# 128, 256 and 512 the estimate is least with the fewest steps: of 1024 patches two, of 196 one.
 _SELECT_BLOCK, _COMPARED, _BLOCKS_AT_ONCE = 64, 512, 8
 # The largest tile whose program selects the matches too: with 128 patches Triton 3.6 spilled.
 _SINGLE_TILE = 64

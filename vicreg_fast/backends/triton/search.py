@@ -41,15 +41,16 @@ class DeviceError(RuntimeError):
 
 def tensors_in(result: Any) -> list[Tensor]:
     """The floating-point tensors of a result that have elements."""
-    return [t for t in _flat(result) if t.is_floating_point() and t.numel()]
+    return [t for t in flattened(result) if t.is_floating_point() and t.numel()]
 
 
-def _flat(value: Any) -> Iterator[Tensor]:
+def flattened(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value: of tuples and lists those of their members."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for member in value:
-            yield from _flat(member)
+            yield from flattened(member)
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
