@@ -155,11 +155,12 @@ def narrow(code: str, tile_accesses: list[Tile]) -> dict[str, int]:
 def matmul_operations(name: str) -> tuple[float, str] | None:
     """Operations of one warp's matmul instruction and the kind of its operands; None for other instructions.
 
-    A warp group's HGMMA is issued by four warps.  Those of compute capability 10.0 do not name their size.
+    A warp group's HGMMA is issued by four warps; it names the operands' type unless that is float16.  Those of compute
+    capability 10.0 do not name their size.
     """
-    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.\w+\.(\w+)", name):
-        M, N, K = map(int, found.groups()[:3])
-        return 2 * M * N * K / 4, "tf32" if found[4].startswith("TF32") else "half"
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.F32", name):
+        M, N, K = map(int, found.groups())
+        return 2 * M * N * K / 4, "tf32" if "TF32" in name else "half"
     if found := re.match(r"HMMA\.(16)(8)(\d+)\.", name):
         M, N, K = map(int, found.groups())
         return 2 * M * N * K, "tf32" if "TF32" in name else "half"

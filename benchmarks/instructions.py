@@ -52,10 +52,13 @@ def _kinds(a: Arguments) -> float:
 
 # By function, its loops in the order of the source, but for unrolled ones.
 LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
-    "_column_moments": [_steps("N", "BLOCK_N"), _steps("N", "BLOCK_N")],
+    "_column_moments": [lambda a: math.ceil(a["N"] / a["BLOCK_N"]) - 1.0],
     "_moments_forward_kernel": [_steps("N", "BLOCK_N")],
     "replace_diagonal": [_diagonal_blocks],
     "_gram_tile": [_gram_steps],
+    "_operand_matmul": [_gram_steps],
+    "_extreme_scales": [lambda a: math.ceil(_gram_steps(a) * a["BLOCK_K"] / 1024)],
+    "gram_scale": [lambda a: math.ceil(a["column_blocks"] / 512)],
     "_column_mean": [_steps("splits", "BLOCK_C")],
     "_reduce_covariance": [_steps("splits", "BLOCK_C")],
     "_splitk_reduction_kernel": [_steps("splits", "BLOCK_C")],
@@ -77,7 +80,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_distance_forward_kernel": [_steps("C", "BLOCK_K")],
 }
 # Loops that are hardly ever entered: in one program, for rows that are not finite.  Instructions of theirs may stand in others.
-RARE = ("_sum_partials", "add_rows")
+RARE = ("_sum_partials", "add_rows", "_second_pass", "_weighted_matmul")
 # Loops that stand in a branch: their counts contain its share.
 IN_BRANCH = ("replace_diagonal", "_chunk_sums", "_feature_tile", "_norms_of")
 # By function and condition, as it is written, the share of programs in which it holds.
@@ -85,11 +88,14 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("_moments_forward_kernel", "v % 2 == 1"): lambda a: 0.5,
     ("_vicregl_forward_kernel", "side == 1"): lambda a: 0.5,
     ("_gram_forward_kernel", "is_full"): lambda a: min(a["full_tiles"], a["grid"]) / a["grid"],
-    ("_gram_forward_kernel", "i == j"): _on_diagonal,
-    ("_splitk_reduction_kernel", "i == j"): _on_diagonal,
+    ("finish_gram_tile", "i == j"): _on_diagonal,
+    ("finish_gram_tile", "i == 0"): lambda a: 0.0,
+    # Columns of embeddings have one scale, and their first rows are not far from the mean.
+    ("_gram_tile", "least == most"): lambda a: 1.0,
+    ("_column_moments", "tl.max(tl.where(in_range & (8.0 * centred >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
     ("_reduce_covariance", "on_diagonal"): _on_diagonal,
     ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
-    ("store_tile", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
+    ("_store_both", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
     ("reduce_terms", "_arrives_last(partials.arrival_counter_ptr)"): lambda a: 1 / a["grid"],
     ("reduce_losses", "_arrives_last(counter_ptr)"): lambda a: 1 / a["grid"],
     ("_match_forward_kernel", "kind == 0"): lambda a: 0.5,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import relu_propagating_nan, round_matrix
+from .numerics import float16_pair, relu_propagating_nan, round_matrix
 
 
 class Terms(NamedTuple):
@@ -28,26 +28,42 @@ class Partials(NamedTuple):
     """Pointers to a VICReg forward pass's partial sums, float64, and to the counter of programs that have stored theirs."""
 
     tile_ptr: Any  # (tiles, 2)
-    column_ptr: Any  # dual (column programs, 3), primal (row programs,); None: primal, one view
+    column_ptr: Any  # dual (column programs, 4), primal (row programs,); None: primal, one view
     arrival_counter_ptr: Any
 
 
 @triton.jit
-def store_tile(M, row, column, off_diagonal, side, problem, M_ptr, FORMAT: tl.constexpr):
+def _store_both(at, mirrored, tile, mask, off_diagonal):
+    """Store a tile and, off the diagonal, its mirror image."""
+    tl.store(at, tile, mask=mask)
+    if off_diagonal:
+        tl.store(mirrored, tile, mask=mask)
+
+
+@triton.jit
+def store_tile(M, row, column, off_diagonal, side, problem, problems, M_ptr, inverse_scale, FORMAT: tl.constexpr):
     """Store rows ``row`` and columns ``column`` of M (problems, side, side); return their share of sum M^2, float64.
 
-    M_ptr None: no backward pass follows, and nothing is stored.
+    M_ptr None: no backward pass follows, and nothing is stored.  float16 formats: M times ``inverse_scale``; of a pair the low
+    parts follow those of all problems.
     """
     inside = (row < side)[:, None] & (column < side)[None, :]
     M = tl.where(inside, M, 0.0)
     wide = M.to(tl.float64)
     squares = tl.sum(tl.sum(wide * wide, 1), 0)
     if M_ptr is not None:
-        rounded = round_matrix(M, FORMAT)
         at = M_ptr + problem * side * side
-        tl.store(at + row.to(tl.int64)[:, None] * side + column[None, :], rounded, mask=inside)
-        if off_diagonal:
-            tl.store(at + column.to(tl.int64)[None, :] * side + row[:, None], rounded, mask=inside)
+        mirrored = at + column.to(tl.int64)[None, :] * side + row[:, None]
+        at = at + row.to(tl.int64)[:, None] * side + column[None, :]
+        if FORMAT == "scaled_fp16_pair":
+            high, low = float16_pair(M * inverse_scale)
+            _store_both(at, mirrored, high, inside, off_diagonal)
+            of_low = problems.to(tl.int64) * side * side
+            _store_both(at + of_low, mirrored + of_low, low, inside, off_diagonal)
+        elif FORMAT == "scaled_fp16":
+            _store_both(at, mirrored, (M * inverse_scale).to(tl.float16), inside, off_diagonal)
+        else:
+            _store_both(at, mirrored, round_matrix(M, FORMAT), inside, off_diagonal)
     return tl.where(off_diagonal, 2.0 * squares, squares)
 
 
@@ -96,14 +112,14 @@ def _arrives_last(counter_ptr):
 def reduce_terms(partials, tile_partials, column_partials, terms, scales, DUAL: tl.constexpr):
     """In the last program: add the partial sums, in a fixed order, so that two runs agree bit for bit.
 
-    tile_ptr (tile_partials, 2): sums of M^2 and, primal, of the hinge.  column_ptr: dual (column_partials, 3), sums of
-    (x - y)^2, hinge and vhat^2; primal (column_partials,), of (x - y)^2.
+    tile_ptr (tile_partials, 2): sums of M^2 and, primal, of the hinge.  column_ptr: dual (column_partials, 4), sums of
+    (x - y)^2, hinge and vhat^2, and the largest vhat; primal (column_partials,), of (x - y)^2.
     """
     if _arrives_last(partials.arrival_counter_ptr):
         norm, hinge, _ = _sum_partials(partials.tile_ptr, tile_partials, 2, 1024)
         inv = tl.full((), 0.0, tl.float64)
         if DUAL:
-            inv, hinge, squares = _sum_partials(partials.column_ptr, column_partials, 3, 1024)
+            inv, hinge, squares = _sum_partials(partials.column_ptr, column_partials, 4, 1024)
             norm -= squares
         elif partials.column_ptr is not None:
             inv, _, _ = _sum_partials(partials.column_ptr, column_partials, 1, 1024)

@@ -1,7 +1,9 @@
 """Arithmetic that kernels share: number formats of operands, NaN-propagating relu, powers of two, triangular tiles.
 
 An operand is what a matmul multiplies.  FORMAT names its number format: "fp32", "tf32", "bf16", "fp16", or "bf16_bits": bf16
-rounded by integer arithmetic and kept as float32, for the interpreter, whose own conversions truncate.
+rounded by integer arithmetic and kept as float32, for the interpreter, whose own conversions truncate.  On the dual side also
+"scaled_fp16", as accurate as TF32, and "scaled_fp16_pair", as accurate as float32: columns are divided by a power of two, and
+an element is one float16 or the sum of two.  float16 matmuls are twice as fast as TF32 ones.
 
 Letters and buffers: docs/notation.md.
 """
@@ -42,6 +44,34 @@ def split_in_two(a):
     bits = (a.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
     high = bits.to(tl.float32, bitcast=True)
     return high, a - high
+
+
+@triton.jit
+def float16_pair(a):
+    """(high, low) in float16: high + 2^-11 low = a for |a| < 2^16, with an error of 2^-23 |a| or 2^-36.
+
+    Without the factor 2^11 low would be subnormal, and lose digits, for |a| < 2^-3.
+    """
+    high = a.to(tl.float16)
+    return high, ((a - high.to(tl.float32)) * 2048.0).to(tl.float16)
+
+
+@triton.jit
+def float16_scale(largest):
+    """(s, 1 / s) of columns of which no element exceeds 2 largest: the power of 2^24 with largest / s in [2^-10, 2^14).
+
+    Coarse, so that columns of embeddings have the same, 1: columns of one scale are multiplied as they are.
+    """
+    exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) & 0xFF
+    steps = (exponent + 123) // 24 - 10  # of exponent - 127 + 10, rounded down
+    steps = tl.where((exponent > 0) & (exponent < 0xFF), steps, 0)
+    return power_of_two(24 * steps), power_of_two(-24 * steps)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 to an integer from -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import round_to_format, to_storage, variance_factor
-from .vicreg_dual import load_operand
-from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source
+from .numerics import exponent_scale, round_to_format, to_storage, variance_factor
+from .vicreg_dual import centred, load_operand, scaled_operand
+from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source, zero_outside
 
 
 class Upstream(NamedTuple):
@@ -60,11 +60,13 @@ def _mean_parts(hi, lo, PARTS: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 def _covariance_matmul(
     views, source, operand_ptr, hi_ptr, lo_ptr, M_ptr, v, p, rows, n, d, P, N, D,
-    DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
+    VIEWS: tl.constexpr, DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
     DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """M o (dual) or o M (primal) in rows n and columns d."""
+    """M o (dual) or o M (primal) in rows n and columns d, both as they are stored."""
+    PAIR: tl.constexpr = FORMAT == "scaled_fp16_pair"
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    g_low = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if DUAL:
         # float16 operands are halves, see round_to_format(), and their M is float32.
         SCALE: tl.constexpr = 2.0 if FORMAT == "fp16" else 1.0
@@ -79,6 +81,15 @@ def _covariance_matmul(
                 at = operand_ptr + (v * P + p) * N * D + k.to(tl.int64)[:, None] * D + d[None, :]
                 o = load_tile(at, (k < N)[:, None] & (d < D)[None, :], EVEN)
             g = tl.dot(G, o.to(G.dtype), g, input_precision=DOT_PRECISION)
+            if PAIR:
+                o_low = load_tile(at + VIEWS * P * N * D, (k < N)[:, None] & (d < D)[None, :], EVEN)
+                g_low = tl.dot(G, o_low, g_low, input_precision=DOT_PRECISION)
+                G_low = load_tile(
+                    M + VIEWS * P * N * N + k[None, :], (n < N)[:, None] & (k < N)[None, :], EVEN
+                )
+                g_low = tl.dot(G_low, o, g_low, input_precision=DOT_PRECISION)
+        if PAIR:
+            g = tl.fma(g_low, 1.0 / 2048, g)
         g *= SCALE
     else:
         # C is symmetric: read along k, as TF32 matmuls on compute capability 9.0 want it.
@@ -117,18 +128,27 @@ def _complete(
 ):  # fmt: skip
     """g, f_cov times the matmul, plus all other parts of the gradient, for rows n and columns d.
 
-    moments: those of this view; step: between two of them.
+    moments: those of this view; step: between two of them.  A scaled operand's columns are still divided by their scale.
     """
     mask = (n < N)[:, None] & (d < D)[None, :]
     z = load_tile(column_pointers(source, d)[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
     if upstream.var_ptr is not None or (upstream.cov_ptr is not None and DUAL):
         hi = tl.load(moments + d, mask=d < D, other=0.0)
         lo = tl.load(moments + step + d, mask=d < D, other=0.0)
-        c = z - hi[None, :] - lo[None, :]
+        # Outside, where z is zero, c would be the mean, which may not fit float16.
+        c = zero_outside(centred(z, hi, lo, FORMAT), mask, EVEN)
     if upstream.cov_ptr is not None and DUAL:
         # The operand is recomputed from z: cheaper than reading it.
         operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)
-        g -= round_to_format(c, FORMAT) * (f_cov * operand_v)[None, :]
+        if FORMAT == "scaled_fp16" or FORMAT == "scaled_fp16_pair":
+            scale = tl.load(moments + 4 * step + d, mask=d < D, other=1.0)
+            g *= scale[None, :]
+        if FORMAT == "scaled_fp16":
+            _, inverse = exponent_scale(scale)
+            _, _, o = scaled_operand(c, scale, inverse, FORMAT)
+        else:
+            o = round_to_format(c, FORMAT)  # of a pair c itself, to 2^-23
+        g -= o * (f_cov * operand_v)[None, :]
     if upstream.var_ptr is not None:
         slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
@@ -143,7 +163,7 @@ def _complete(
 
 @triton.jit(do_not_specialize=["P"])
 def _gradient_kernel(
-    views, operand_ptr, moments_ptr, M_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D,
+    views, operand_ptr, moments_ptr, M_ptr, M_scale_ptr, x_grad_ptr, y_grad_ptr, upstream, scales, P, N, D,
     VIEWS: tl.constexpr, DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
     DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +194,7 @@ def _gradient_kernel(
     other_rows = rows
     if upstream.inv_ptr is not None:
         other_rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
-    step = P * VIEWS * D  # of moments (4 or 3, P, V, D)
+    step = P * VIEWS * D  # of moments (5, 4 or 3, P, V, D)
     moments = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     f_cov = 0.0
@@ -182,9 +202,9 @@ def _gradient_kernel(
         f_cov = tl.load(upstream.cov_ptr).to(tl.float32) * scales.cov
         g = _covariance_matmul(
             views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
-            d0 + tl.arange(0, BLOCK_D), P, N, D, DUAL, EVEN, UNCHANGED, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
+            d0 + tl.arange(0, BLOCK_D), P, N, D, VIEWS, DUAL, EVEN, UNCHANGED, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        g *= f_cov
+        g *= f_cov if M_scale_ptr is None else f_cov * tl.load(M_scale_ptr + v * P + p)
     g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
     if x_grad_ptr is not None and y_grad_ptr is not None:
         if is_of_y(v):

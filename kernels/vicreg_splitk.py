@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
 from .numerics import divide, hinge_slope, relu_propagating_nan, tril_tile
-from .vicreg_dual import replace_diagonal
+from .vicreg_dual import finish_gram_tile
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _reduce_covariance(
 
 @triton.jit(do_not_specialize=["P", "tiles", "full_tiles", "splits", "tile_partials", "column_partials"])
 def _splitk_reduction_kernel(
-    split_tiles_ptr, chunk_sums_ptr, row_sq_norms_ptr, moments_ptr, M_ptr, partials, terms, scales,
+    split_tiles_ptr, chunk_sums_ptr, row_sq_norms_ptr, moments_ptr, M_ptr, M_scale_ptr, partials, terms, scales,
     P, N, D, tiles, full_tiles, splits, split_length, column_blocks, tile_partials, column_partials, gamma, eps,
     VIEWS: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -131,16 +131,18 @@ def _splitk_reduction_kernel(
         acc = tl.zeros((BLOCK_C, BLOCK_R, BLOCK_M), tl.float32)
         for start in range(0, splits, BLOCK_C):
             acc += _load_splits(split_ptr, start + tl.arange(0, BLOCK_C), splits, BLOCK_M)
-        M = divide(tl.sum(acc, 0), N - 1)
-        if i == j:
-            M = replace_diagonal(M, row, column, row_sq_norms_ptr, problem, column_blocks, N, BLOCK_R)
+        squares = finish_gram_tile(
+            divide(tl.sum(acc, 0), N - 1), row, column, i, j, problem, P, N, D, row_sq_norms_ptr, column_blocks,
+            M_ptr, M_scale_ptr, partials, VIEWS, FORMAT, BLOCK_R,
+        )  # fmt: skip
     else:
         problems = tl.num_programs(0) // STRIPS // tiles
-        M, hinge_sum = _reduce_covariance(
+        C0, hinge_sum = _reduce_covariance(
             split_ptr, chunk_sums_ptr, moments_ptr, problem, problems, row, column, i == j,
             P, N, D, splits, split_length, gamma, eps, VIEWS, BLOCK_M, BLOCK_R, BLOCK_C,
         )  # fmt: skip
+        squares = store_tile(C0, row, column, i != j, D, problem, problems, M_ptr, None, FORMAT)
     at = partials.tile_ptr + (full_tiles + program).to(tl.int64) * 2
-    tl.store(at, store_tile(M, row, column, i != j, N if DUAL else D, problem, M_ptr, FORMAT))
+    tl.store(at, squares)
     tl.store(at + 1, hinge_sum)
     reduce_terms(partials, tile_partials, column_partials, terms, scales, DUAL)

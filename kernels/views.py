@@ -125,6 +125,15 @@ def load_tile(pointers, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def store_rows(pointers, tile, mask, EVEN: tl.constexpr):
+    """Store a tile where the mask holds.  EVEN: all of it, and no mask is computed."""
+    if EVEN:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=mask)
+
+
+@triton.jit
 def load_rows(columns, rows, mask):
     """Elements (rows, columns) as float32, 0 where masked; from pointers to columns and offsets of rows."""
     return tl.load(columns[None, :] + rows[:, None], mask=mask, other=0.0).to(tl.float32)

@@ -43,10 +43,10 @@ def terms(plan: Plan, sources: Sequence[Tensor], matches: Matches | None) -> lis
     saved: list[Tensor] = []
     with arguments.on_device(sources[0].device):
         for views in plan.groups(sources, None if matches is None else matches.match_index):
-            group = arguments.group_of(views)
+            call = arguments.call_of(arguments.group_of(views), plan, matmul, device)
             results = autotune.tuned(
-                functools.partial(launch_vicreg.forward_keys, group, matmul, device),
-                functools.partial(launch_vicreg.terms, Call(group, plan, matmul, device)),
+                functools.partial(launch_vicreg.forward_keys, call.group, call.matmul, device),
+                functools.partial(launch_vicreg.terms, call),
             )
             values += results[:4]
             saved += results[4:]
@@ -78,8 +78,8 @@ def gradient(
         for k, views in enumerate(plan.groups(of_one_dtype, match_index)):
             group_upstream = upstream[3 * k : 3 * k + 3]
             if any(u is not None for u in group_upstream):
-                call = Call(arguments.group_of(views), plan, matmul, device)
-                kept = saved[3 * k : 3 * k + 3]
+                call = arguments.call_of(arguments.group_of(views), plan, matmul, device)
+                kept = saved[4 * k : 4 * k + 4]
                 order = [source for source, _ in views]
                 _add_group_gradient(call, order, totals, kept, group_upstream, needs, sources)
     return [

@@ -17,6 +17,10 @@ from .configs import Device, Key
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# The scaled float16 formats that are as accurate as others, and their kinds in configs.py.
+_SCALED = {"fp32": "scaled_fp16_pair", "tf32": "scaled_fp16", "fp16": "scaled_fp16"}
+_SCALED_KINDS = {"fp32": "fp32", "tf32": "half", "fp16": "half"}
+
 
 class MatmulPolicy(NamedTuple):
     """How operands are rounded, stored and multiplied."""
@@ -28,14 +32,38 @@ class MatmulPolicy(NamedTuple):
     exact_precision: str  # Triton's input_precision of float32-accurate matmuls, whatever the precision
 
     @property
+    def scaled(self) -> bool:
+        """Whether columns of the operand are divided by a power of two, and M by another."""
+        return self.format.startswith("scaled")
+
+    @property
+    def parts(self) -> int:
+        """The numbers that an element of the operand and of M is the sum of."""
+        return 2 if self.format == "scaled_fp16_pair" else 1
+
+    @property
+    def moments(self) -> int:
+        """The numbers of a column that the dual side keeps: mean in two parts, slope, vhat, and a scaled operand's scale."""
+        return 5 if self.scaled else 4
+
+    @property
     def matrix_dtype(self) -> torch.dtype:
-        """The type of M, which the backward pass multiplies: float16 lacks the range for it."""
-        return torch.float32 if self.dtype == torch.float16 else self.dtype
+        """The type of M, which the backward pass multiplies: float16 lacks the range for it, if it is not scaled."""
+        return torch.float32 if self.dtype == torch.float16 and not self.scaled else self.dtype
 
     @property
     def gradient_kind(self) -> str:
         """The kind of the backward pass: beside a float32 M the operand is float32 too."""
-        return "tf32" if self.dtype == torch.float16 else self.kind
+        return "tf32" if self.format == "fp16" else self.kind
+
+    def of_side(self, dual: bool, gathered: bool) -> "MatmulPolicy":
+        """The policy on a side: the dual side multiplies float16 in the place of TF32, float32 and float16, unless it gathers rows.
+
+        The moments kernel divides its columns by powers of two.  The primal side reads rows before it knows their range.
+        """
+        if gathered or not dual or self.format not in _SCALED:
+            return self
+        return self._replace(format=_SCALED[self.format], dtype=torch.float16, kind=_SCALED_KINDS[self.format])
 
     @property
     def tl_dtype(self) -> Any:
@@ -143,8 +171,13 @@ class Call(NamedTuple):
 
     group: Group
     plan: Plan
-    matmul: MatmulPolicy
+    matmul: MatmulPolicy  # of the group's side
     device: Device
+
+
+def call_of(group: Group, plan: Plan, matmul: MatmulPolicy, device: Device) -> Call:
+    """The call for a group, with the policy of its side."""
+    return Call(group, plan, matmul.of_side(group.dual, group.match_index is not None), device)
 
 
 def is_aligned(z: Tensor) -> bool:

@@ -69,13 +69,19 @@ def gradient_keys(group: Group, matmul: MatmulPolicy, device: Device) -> list[Ke
 def saved(
     plan: Plan, matmul: MatmulPolicy, indexed: bool, V: int, P: int, N: int, D: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the backward pass reads: moments, M, and the dual side's operand if rows are not gathered."""
-    shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
+    """Shapes and types of what the backward pass reads: moments, M and its scales, and the dual side's operand.
+
+    Not M's scales without a scaled operand, and not the operand if rows are gathered.
+    """
+    shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,), (0,))
     if plan.save_for_backward and uses_dual(P, N, D):
-        shapes = ((4, P, V, D), (V * P, N, N), (0,) if indexed else (V, P, N, D))
+        matmul = matmul.of_side(dual=True, gathered=indexed)
+        scales = (V * P,) if matmul.scaled else (0,)
+        operand = (0,) if indexed else (matmul.parts, V, P, N, D)
+        shapes = ((matmul.moments, P, V, D), (matmul.parts, V * P, N, N), scales, operand)
     elif plan.save_for_backward:
-        shapes = ((3, P, V, D), (V * P, D, D), (0,))
-    dtypes = (torch.float32, matmul.matrix_dtype, matmul.dtype)
+        shapes = ((3, P, V, D), (1, V * P, D, D), (0,), (0,))
+    dtypes = (torch.float32, matmul.matrix_dtype, torch.float32, matmul.dtype)
     return list(zip(shapes, dtypes, strict=True))
 
 
@@ -85,7 +91,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 
 
 def terms(call: Call) -> list[Tensor]:
-    """[weighted inv, var, cov, their sum; moments, M, operand]; the last three are empty if nothing is saved."""
+    """[weighted inv, var, cov, their sum; moments, M, its scales, operand]; the last four are empty if nothing is saved."""
     group, plan, matmul, _ = call
     shapes = saved(plan, matmul, group.match_index is not None, group.V, group.P, group.N, group.D)
     kept = [group.empty(*shape, dtype=dtype) for shape, dtype in shapes]
@@ -114,12 +120,12 @@ def _splitk_blocks(product: Product, splits: int, device: Device, dual: bool) ->
 def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
     V, P, N, D = group.V, group.P, group.N, group.D
-    moments, M, operand = map(_or_none, kept)
-    if group.match_index is not None and moments is None:
-        # The gram kernel centres gathered rows with the moments.
-        moments = group.empty(4, P, V, D)
-    elif group.match_index is None and operand is None:
-        operand = group.empty(V, P, N, D, dtype=matmul.dtype)
+    moments, M, M_scale, operand = map(_or_none, kept)
+    if moments is None and (group.match_index is not None or matmul.scaled):
+        # The gram kernel centres gathered rows with the moments, and reads the scales of columns.
+        moments = group.empty(matmul.moments, P, V, D)
+    if group.match_index is None and operand is None:
+        operand = group.empty(matmul.parts, V, P, N, D, dtype=matmul.dtype)
     moments_key, gram_key = forward_keys(group, matmul, device)
     config: Moments = choose(moments_key)
     product: Product = choose(gram_key)
@@ -132,7 +138,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     tile_partials = shares.full_tiles + split_tiles * (product.block_m // block_r)
     partials = Partials(
         group.empty(tile_partials, 2, dtype=torch.float64),
-        group.empty(programs, 3, dtype=torch.float64),
+        group.empty(programs, 4, dtype=torch.float64),
         group.empty(1, dtype=torch.int32),
     )
     row_sq_norms = group.empty(V * P, column_blocks, N)
@@ -147,7 +153,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     if split_tiles:
         splits = group.empty(split_tiles * shares.splits, product.block_m, product.block_m)
     shared: dict[str, Any] = {
-        "split_tiles_ptr": splits, "row_sq_norms_ptr": row_sq_norms, "M_ptr": M, "partials": partials, "terms": terms,
+        "split_tiles_ptr": splits, "row_sq_norms_ptr": row_sq_norms, "M_ptr": M, "M_scale_ptr": M_scale, "partials": partials, "terms": terms,
         "scales": _normalisation(group).terms(plan.weights), "P": P, "N": N, "D": D, "tiles": tiles,
         **shares._asdict(), "column_blocks": column_blocks, "tile_partials": tile_partials, "column_partials": programs,
         "VIEWS": V, "FORMAT": matmul.format, "BLOCK_M": product.block_m,
@@ -164,7 +170,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
 def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     group, plan, matmul, device = call
     V, P, N, D = group.V, group.P, group.N, group.D
-    moments, M, _ = map(_or_none, kept)
+    moments, M, _, _ = map(_or_none, kept)
     (key,) = forward_keys(group, matmul, device)
     product: Product = choose(key)
     tiles = tril_tiles(D, product.block_m)
@@ -196,7 +202,7 @@ def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     else:
         vicreg_primal._second_moment_forward_kernel[(programs,)](**arguments, tiles=tiles)
     shared |= {
-        "row_sq_norms_ptr": None, "M_ptr": M, "terms": terms, "scales": _normalisation(group).terms(plan.weights),
+        "row_sq_norms_ptr": None, "M_ptr": M, "M_scale_ptr": None, "terms": terms, "scales": _normalisation(group).terms(plan.weights),
         "tiles": tiles, "full_tiles": 0, "column_blocks": 0, "tile_partials": tile_partials, "column_partials": programs,
     }  # fmt: skip
     _reduce_splits(call, product, shared, chunk_sums, moments)
@@ -222,7 +228,7 @@ def gradient(
     In the source's type; float32 for gathered rows, whose gradients are added up in the source.
     """
     group, plan, matmul, device = call
-    moments, M, operand = kept
+    moments, M, M_scale, operand = kept
     V, P, N, D = group.V, group.P, group.N, group.D
     inv, var, cov = upstream
     gathered = torch.float32 if group.match_index is not None else None
@@ -252,7 +258,7 @@ def gradient(
     views = V if x is not None and y is not None else group.pairs  # those that need a gradient
     tiles = -(-N // config.block_n) * -(-D // config.block_d)
     vicreg_backward._gradient_kernel[(tiles * views * P,)](
-        **shared, operand_ptr=_or_none(operand), DUAL=group.dual,
+        **shared, operand_ptr=_or_none(operand), M_scale_ptr=_or_none(M_scale), DUAL=group.dual,
         UNCHANGED=matmul.format.startswith("bf16") and group.views.x_ptr.dtype == torch.bfloat16,
         EVEN=not (N % config.block_n or D % config.block_d or (N if group.dual else D) % config.block_k),
         BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_K=config.block_k,
