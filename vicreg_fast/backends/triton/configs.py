@@ -130,15 +130,13 @@ class Kind(NamedTuple):
     warps: int = 4
 
 
-def _moments(block_d: int) -> Rows[Moments]:
+def _moments() -> Rows[Moments]:
     return (
         Row(16, ANY, Moments(16, 128, warps=4)),
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
-        # Few columns fill the device only in narrow programs.  Many rows at a time, or each would wait for memory.
-        Row(ANY, 4096, Moments(128, 16)),
-        Row(1024, ANY, Moments(64, 32, warps=4)),
-        Row(ANY, ANY, Moments(64, block_d, warps=4)),
+        # One warp: what is computed once a column is not repeated by other warps, and sums over rows need no barrier.
+        Row(ANY, ANY, Moments(32, 32, warps=1, stages=3)),
     )
 
 
@@ -208,7 +206,7 @@ def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64, l
     # The primal side's operands pass through registers, so its BLOCK_K is smaller.
     primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
-        _moments(block_d),
+        _moments(),
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
