@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_column_moments": [lambda a: math.ceil(a["N"] / a["BLOCK_N"]) - 1.0],
     "_moments_forward_kernel": [_steps("N", "BLOCK_N")],
     "replace_diagonal": [_diagonal_blocks],
-    "_gram_tile": [_gram_steps],
+    "_tile_of_gathered_rows": [_gram_steps],
     "_operand_matmul": [_gram_steps],
     "_extreme_scales": [lambda a: math.ceil(_gram_steps(a) * a["BLOCK_K"] / 1024)],
     "gram_scale": [lambda a: math.ceil(a["column_blocks"] / 512)],
@@ -91,7 +91,7 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("finish_gram_tile", "i == j"): _on_diagonal,
     ("finish_gram_tile", "i == 0"): lambda a: 0.0,
     # Columns of embeddings have one scale, and their first rows are not far from the mean.
-    ("_gram_tile", "least == most"): lambda a: 1.0,
+    ("_tile_of_operand", "least == most"): lambda a: 1.0,
     ("_column_moments", "tl.max(tl.where(in_range & (8.0 * centred >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
     ("_reduce_covariance", "on_diagonal"): _on_diagonal,
     ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
@@ -169,6 +169,7 @@ class Code(NamedTuple):
     instructions: list[str]
     branches: list[set[Branch]]
     loops: list[Loop]
+    commits: Sequence[int] = ()  # asynchronous copies of a step of each loop that has some, in the order of the code
 
     def executions(self, arguments: Arguments) -> list[float]:
         """How often a warp of the average program executes each instruction."""
@@ -195,6 +196,8 @@ class Code(NamedTuple):
         if function in RARE:
             return 0.0
         trips = LOOPS[function][index](arguments)
+        if unrolled := self._unrolled(loop):
+            return trips / unrolled
         lengths = [other.last - other.first + 1 for other in self.loops if other.source == loop.source]
         own = loop.last - loop.first + 1
         unrolled = round(max(lengths) / min(lengths))
@@ -202,9 +205,23 @@ class Code(NamedTuple):
             return trips
         return trips // unrolled if own > 1.5 * min(lengths) else trips % unrolled
 
+    def _unrolled(self, loop: Loop) -> float | None:
+        """The steps of the source's loop that one of the code's takes, by its asynchronous copies; None where they do not tell."""
+        counts = [
+            sum(name == "LDGDEPBAR" for name in self.instructions[other.first : other.last + 1])
+            for other in self.loops
+        ]
+        copying = sorted(
+            (other.first, count) for other, count in zip(self.loops, counts, strict=True) if count
+        )
+        steps = {
+            first: count / due for (first, count), due in zip(copying, self.commits, strict=False) if count % due == 0
+        }
+        return steps.get(loop.first) if len(copying) == len(self.commits) == len(steps) else None
 
-def parse(code: str) -> Code:
-    """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly."""
+
+def parse(code: str, commits: Sequence[int] = ()) -> Code:
+    """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly; ``commits``: see :class:`Code`."""
     names: list[str] = []
     lines: list[list[str]] = []
     labels: dict[str, int] = {}
@@ -244,7 +261,7 @@ def parse(code: str) -> Code:
             if k not in inner and voted is not None and voted not in taken:
                 votes[voted] += 0.1 if voted[0] in RARE else 1
         loops.append(Loop(first, last, max(votes, key=votes.__getitem__) if votes else None))
-    return Code(names, _branches(lines, skipped), loops)
+    return Code(names, _branches(lines, skipped), loops, commits)
 
 
 def _branches(lines: list[list[str]], skipped: list[range]) -> list[set[Branch]]:

@@ -374,46 +374,54 @@ def _extreme_scales(scale_ptr, begin, end):
 
 
 @triton.jit
-def _gram_tile(
-    views, operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
+def _tile_of_operand(
+    operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
+    VIEWS: tl.constexpr, FORMAT: tl.constexpr, DOT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(N - 1) G in rows ``row`` and columns ``column``, from the features begin <= d < end of the stored operand."""
+    PAIR: tl.constexpr = FORMAT == "scaled_fp16_pair"
+    a_rows = (operand_ptr + problem * N * D + row.to(tl.int64) * D)[:, None]
+    b_rows = (operand_ptr + problem * N * D + column.to(tl.int64) * D)[None, :]
+    of_low = P.to(tl.int64) * VIEWS * N * D
+    if PAIR or FORMAT == "scaled_fp16":
+        scale_ptr = moments_ptr + ((4 * P.to(tl.int64) + problem % P) * VIEWS + problem // P) * D
+        least, most = _extreme_scales(scale_ptr, begin, end)
+        if least == most:
+            acc = _operand_matmul(
+                a_rows, b_rows, of_low, row, column, begin, end, N, PAIR, DOT_PRECISION, BLOCK_M, BLOCK_K
+            )
+        else:
+            _, inverse = exponent_scale(most)
+            acc = _weighted_matmul(
+                a_rows, b_rows, of_low, scale_ptr, inverse, row, column, begin, end, N, PAIR, BLOCK_M, BLOCK_K
+            )
+        acc = acc * most * most
+    else:
+        acc = _operand_matmul(
+            a_rows, b_rows, of_low, row, column, begin, end, N, PAIR, DOT_PRECISION, BLOCK_M, BLOCK_K
+        )
+    return acc
+
+
+@triton.jit
+def _tile_of_gathered_rows(
+    views, moments_ptr, problem, row, column, begin, end, P, N, D,
     VIEWS: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(N - 1) G in rows ``row`` and columns ``column``, from the features begin <= d < end."""
-    PAIR: tl.constexpr = FORMAT == "scaled_fp16_pair"
+    """As _tile_of_operand(), from the views: rows are centred and rounded here."""
     v = problem // P
     p = problem % P
-    step = P.to(tl.int64) * VIEWS * D  # of moments
-    if operand_ptr is not None:
-        a_rows = (operand_ptr + problem * N * D + row.to(tl.int64) * D)[:, None]
-        b_rows = (operand_ptr + problem * N * D + column.to(tl.int64) * D)[None, :]
-        if PAIR or FORMAT == "scaled_fp16":
-            scale_ptr = moments_ptr + 4 * step + (p * VIEWS + v) * D
-            least, most = _extreme_scales(scale_ptr, begin, end)
-            _, inverse = exponent_scale(most)
-            if least == most:
-                acc = _operand_matmul(
-                    a_rows, b_rows, step * N, row, column, begin, end, N, PAIR, DOT_PRECISION, BLOCK_M, BLOCK_K
-                )
-            else:
-                acc = _weighted_matmul(
-                    a_rows, b_rows, step * N, scale_ptr, inverse, row, column, begin, end, N, PAIR, BLOCK_M, BLOCK_K
-                )
-            acc = acc * most * most
-        else:
-            acc = _operand_matmul(
-                a_rows, b_rows, 0, row, column, begin, end, N, False, DOT_PRECISION, BLOCK_M, BLOCK_K
-            )
-        return acc
     source = select_source(views, v)
     a_rows = row_offsets(source, views.index_ptr, v, p, row, P, N)
     b_rows = row_offsets(source, views.index_ptr, v, p, column, P, N)
     hi_ptr = moments_ptr + (p * VIEWS + v) * D
+    lo_ptr = hi_ptr + P.to(tl.int64) * VIEWS * D
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     for start in range(begin, end, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
-        a = load_operand(source, a_rows, row, N, d, end, hi_ptr, hi_ptr + step, FORMAT)
-        b = load_operand(source, b_rows, column, N, d, end, hi_ptr, hi_ptr + step, FORMAT)
+        a = load_operand(source, a_rows, row, N, d, end, hi_ptr, lo_ptr, FORMAT)
+        b = load_operand(source, b_rows, column, N, d, end, hi_ptr, lo_ptr, FORMAT)
         a = to_storage(a, FORMAT).to(OPERAND_TYPE)
         b = tl.trans(to_storage(b, FORMAT).to(OPERAND_TYPE))
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
@@ -445,7 +453,7 @@ def _gram_forward_kernel(
 ):  # fmt: skip
     """One program: one of the first ``full_tiles`` tiles; or ``split_length`` features of a later one, which has ``splits``.
 
-    tiles: of one G.  split_tiles_ptr None: no tile is split, and this kernel reduces the terms too.
+    tiles: of one G.  views None: the operand is read instead.  split_tiles_ptr None: no tile is split, and this kernel reduces the terms too.
     """
     program = tl.program_id(0)
     is_full = program < full_tiles
@@ -458,10 +466,16 @@ def _gram_forward_kernel(
     m = tl.arange(0, BLOCK_M)
     row = i * BLOCK_M + m
     column = j * BLOCK_M + m
-    acc = _gram_tile(
-        views, operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
-        VIEWS, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_M, BLOCK_K,
-    )  # fmt: skip
+    if operand_ptr is not None:
+        acc = _tile_of_operand(
+            operand_ptr, moments_ptr, problem, row, column, begin, end, P, N, D,
+            VIEWS, FORMAT, DOT_PRECISION, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = _tile_of_gathered_rows(
+            views, moments_ptr, problem, row, column, begin, end, P, N, D,
+            VIEWS, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
     if is_full:
         squares = finish_gram_tile(
             divide(acc, N - 1), row, column, i, j, problem, P, N, D, row_sq_norms_ptr, column_blocks,

@@ -19,7 +19,7 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 # The scaled float16 formats that are as accurate as others, and their kinds in configs.py.
 _SCALED = {"fp32": "scaled_fp16_pair", "tf32": "scaled_fp16", "fp16": "scaled_fp16"}
-_SCALED_KINDS = {"fp32": "fp32", "tf32": "half", "fp16": "half"}
+_SCALED_KINDS = {"fp32": "pair", "tf32": "half", "fp16": "half"}
 
 
 class MatmulPolicy(NamedTuple):

@@ -110,7 +110,10 @@ Rows = Sequence[Row[Config]]
 
 
 class Table(NamedTuple):
-    """Rows of each kernel; of kernels with a matmul, by its kind: "fp32" (accurate to float32), "tf32", "half"."""
+    """Rows of each kernel; of kernels with a matmul, by its kind.
+
+    "fp32" (accurate to float32), "tf32", "half"; of kernels that read the dual side's operand also "pair", of two float16.
+    """
 
     moments: Rows[Moments]
     gram: dict[str, Rows[Product]]
@@ -201,15 +204,18 @@ def _local_gradient(
     }
 
 
-def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64, local_half: int = 64) -> Table:
+def _table(
+    stages: int, fp32: Kind, tf32: Kind, half: Kind, pair: Kind, block_d: int = 64, local_half: int = 64
+) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
+    dual = {**kinds, "pair": pair}
     # The primal side's operands pass through registers, so its BLOCK_K is smaller.
     primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
         _moments(),
-        gram={name: _gram(kind, stages) for name, kind in kinds.items()},
+        gram={name: _gram(kind, stages) for name, kind in dual.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
-        gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
+        gradient={name: _gradient(kind, stages, block_d) for name, kind in dual.items()},
         # 64 rows of float32 spill: three TF32 matmuls keep more of their operands in registers.
         narrow_gradient={
             name: (Row(ANY, ANY, NarrowGradient(32 if name == "fp32" else 64, 4, stages)),) for name in kinds
@@ -234,7 +240,7 @@ class Tables(NamedTuple):
 
 
 def _large(stages: int, local_half: int = 64) -> Table:
-    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64), local_half=local_half)
+    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64), Kind(128, 32), local_half=local_half)
 
 
 def _sm100() -> Tables:
@@ -256,7 +262,7 @@ def _sm100() -> Tables:
 
 
 def _unaligned(stages: int, local_warps: int = 4) -> Table:
-    table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), block_d=32)
+    table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), Kind(64, 16), block_d=32)
     return table._replace(
         local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
         local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps, 32)["fp32"]),
@@ -266,11 +272,11 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 ARCHITECTURES = {
     # 64 columns of 16 bits spilled on compute capability 8 and 10.
     "sm80": Tables(
-        _table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), local_half=32), _unaligned(3, local_warps=8)
+        _table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), Kind(128, 32), local_half=32), _unaligned(3, local_warps=8)
     ),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
     "sm86": Tables(
-        _table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)
+        _table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)
     ),
     "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),

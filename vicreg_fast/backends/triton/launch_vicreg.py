@@ -159,7 +159,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
         "VIEWS": V, "FORMAT": matmul.format, "BLOCK_M": product.block_m,
     }  # fmt: skip
     vicreg_dual._gram_forward_kernel[(shares.programs(V * P * tiles),)](
-        **shared, views=group.views, operand_ptr=operand, moments_ptr=moments,
+        **shared, views=group.views if operand is None else None, operand_ptr=operand, moments_ptr=moments,
         OPERAND_TYPE=matmul.tl_dtype, DOT_PRECISION=matmul.dot_precision, BLOCK_K=product.block_k,
         **launch_options(device, product.warps, product.stages),
     )  # fmt: skip
