@@ -169,7 +169,9 @@ class Code(NamedTuple):
     instructions: list[str]
     branches: list[set[Branch]]
     loops: list[Loop]
-    commits: Sequence[int] = ()  # asynchronous copies of a step of each loop that has some, in the order of the code
+    commits: Sequence[
+        int
+    ] = ()  # asynchronous copies of a step of each loop that has some, in the order of the code
 
     def executions(self, arguments: Arguments) -> list[float]:
         """How often a warp of the average program executes each instruction."""
@@ -211,11 +213,11 @@ class Code(NamedTuple):
             sum(name == "LDGDEPBAR" for name in self.instructions[other.first : other.last + 1])
             for other in self.loops
         ]
-        copying = sorted(
-            (other.first, count) for other, count in zip(self.loops, counts, strict=True) if count
-        )
+        copying = sorted((other.first, count) for other, count in zip(self.loops, counts, strict=True) if count)
         steps = {
-            first: count / due for (first, count), due in zip(copying, self.commits, strict=False) if count % due == 0
+            first: count / due
+            for (first, count), due in zip(copying, self.commits, strict=False)
+            if count % due == 0
         }
         return steps.get(loop.first) if len(copying) == len(self.commits) == len(steps) else None
 

@@ -41,7 +41,9 @@ def _store_both(at, mirrored, tile, mask, off_diagonal):
 
 
 @triton.jit
-def store_tile(M, row, column, off_diagonal, side, problem, problems, M_ptr, inverse_scale, FORMAT: tl.constexpr):
+def store_tile(
+    M, row, column, off_diagonal, side, problem, problems, M_ptr, inverse_scale, FORMAT: tl.constexpr
+):
     """Store rows ``row`` and columns ``column`` of M (problems, side, side); return their share of sum M^2, float64.
 
     M_ptr None: no backward pass follows, and nothing is stored.  float16 formats: M times ``inverse_scale``; of a pair the low

@@ -84,9 +84,7 @@ def _covariance_matmul(
             if PAIR:
                 o_low = load_tile(at + VIEWS * P * N * D, (k < N)[:, None] & (d < D)[None, :], EVEN)
                 g_low = tl.dot(G, o_low, g_low, input_precision=DOT_PRECISION)
-                G_low = load_tile(
-                    M + VIEWS * P * N * N + k[None, :], (n < N)[:, None] & (k < N)[None, :], EVEN
-                )
+                G_low = load_tile(M + VIEWS * P * N * N + k[None, :], (n < N)[:, None] & (k < N)[None, :], EVEN)
                 g_low = tl.dot(G_low, o, g_low, input_precision=DOT_PRECISION)
         if PAIR:
             g = tl.fma(g_low, 1.0 / 2048, g)

@@ -261,6 +261,16 @@ def _sm100() -> Tables:
     return Tables(aligned, _unaligned(3, local_warps=8))
 
 
+def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
+    """Compute capability 8 and 12: a warp multiplies for itself.
+
+    Two accumulators of 128 x 128 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
+    """
+    table = _table(stages, *kinds, local_half=32)
+    pair = (Row(ANY, ANY, Gradient(64, 128, 32, 4, stages)),)
+    return table._replace(gradient={**table.gradient, "pair": pair})
+
+
 def _unaligned(stages: int, local_warps: int = 4) -> Table:
     table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), Kind(64, 16), block_d=32)
     return table._replace(
@@ -272,11 +282,13 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 ARCHITECTURES = {
     # 64 columns of 16 bits spilled on compute capability 8 and 10.
     "sm80": Tables(
-        _table(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), Kind(128, 32), local_half=32), _unaligned(3, local_warps=8)
+        _without_warp_groups(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), Kind(128, 32)),
+        _unaligned(3, local_warps=8),
     ),
     # 8.6, 8.9, 12.0 and unknown ones: the least shared memory.
     "sm86": Tables(
-        _table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)
+        _without_warp_groups(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), Kind(64, 32)),
+        _unaligned(2, local_warps=8),
     ),
     "sm90": Tables(_large(3), _unaligned(3)),
     "sm100": _sm100(),
