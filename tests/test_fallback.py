@@ -344,7 +344,13 @@ def test_threads_that_fail_together_warn_once(kernels: Kernels, monkeypatch: pyt
     monkeypatch.setattr(
         importlib.import_module("triton.runtime.interpreter").InterpretedFunction, "run", together
     )
-    threads = [threading.Thread(target=lambda: results.append(step(loss_of("dual"), "dual"))) for _ in range(4)]
+    workers = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(workers)  # a new thread has the default, and the order of sums depends on it
+        results.append(step(loss_of("dual"), "dual"))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
