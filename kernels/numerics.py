@@ -122,22 +122,18 @@ def relu_propagating_nan(t):
 
 
 @triton.jit
-def hinge_of(std, gamma, eps):
-    """relu(gamma - sqrt(std^2 + eps)) of each column."""
-    return relu_propagating_nan(gamma - (tl.sqrt_rn(std * std + eps) if eps > 0 else std))
+def hinge_and_slope(std, gamma, eps):
+    """(relu(gamma - s), 1 / s where 0 < s < gamma, else 0) of each column; s = sqrt(std^2 + eps).
 
-
-@triton.jit
-def hinge_slope(std, gamma, eps):
-    """1 / s where 0 < s < gamma, else 0; s = sqrt(std^2 + eps).  At most the largest float32, which 1 / s of a subnormal s exceeds.
-
-    The gradient of the hinge is its product with c.  The forward pass stores it: once a column, not once a program.
+    The gradient of the hinge is c times the slope, which the forward pass stores: once a column, not once a program.  It is
+    at most the largest float32, which 1 / s of a subnormal s exceeds.
     """
     if eps > 0:
         std = tl.sqrt_rn(std * std + eps)
     active = (std < gamma) & (std > 0.0)
     slope = divide(1.0, tl.where(active, std, 1.0).to(tl.float32))
-    return tl.where(active, tl.minimum(slope, 3.4028234663852886e38), 0.0)
+    slope = tl.where(active, tl.minimum(slope, 3.4028234663852886e38), 0.0)
+    return relu_propagating_nan(gamma - std), slope
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .numerics import exponent_scale, round_to_format, to_storage, variance_factor
-from .vicreg_dual import centred, load_operand, scaled_operand
+from .vicreg_moments import centred, load_operand, scaled_operand
 from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source, zero_outside
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
-from .numerics import divide, hinge_slope, relu_propagating_nan, tril_tile
+from .numerics import divide, hinge_and_slope, relu_propagating_nan, tril_tile
 from .vicreg_dual import finish_gram_tile
 
 
@@ -96,7 +96,8 @@ def _reduce_covariance(
             hi = (base_r + mean_r).to(tl.float32)
             tl.store(at, hi, mask=row < D)
             tl.store(at + step, (base_r - hi + mean_r).to(tl.float32), mask=row < D)
-            tl.store(at + 2 * step, hinge_slope(std.to(tl.float32), gamma, eps), mask=row < D)
+            _, slope = hinge_and_slope(std.to(tl.float32), gamma, eps)
+            tl.store(at + 2 * step, slope, mask=row < D)
         hinge = relu_propagating_nan(gamma - (tl.sqrt(v + eps) if eps > 0 else std))
         hinge_sum += tl.sum(tl.where(row < D, hinge, 0.0))
     return C0, hinge_sum

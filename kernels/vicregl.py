@@ -27,8 +27,7 @@ from .epilogue import reduce_losses
 from .numerics import (
     divide,
     exponent_scale,
-    hinge_of,
-    hinge_slope,
+    hinge_and_slope,
     operand_of,
     round_matrix,
     round_to_format,
@@ -132,8 +131,9 @@ def _finish_columns(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         std = _root(tl.load(squares_ptr + d, mask=d < D, other=0.0) * inverse)
-        hinge += tl.where(d < D, hinge_of(std, gamma, eps), 0.0).to(tl.float64)
-        tl.store(columns_ptr + 2 * D + d, hinge_slope(std, gamma, eps), mask=d < D)
+        of_columns, slope = hinge_and_slope(std, gamma, eps)
+        hinge += tl.where(d < D, of_columns, 0.0).to(tl.float64)
+        tl.store(columns_ptr + 2 * D + d, slope, mask=d < D)
     return tl.sum(hinge)
 
 

@@ -28,7 +28,7 @@ Trial = import_interpreted("vicreg_fast.backends.triton.search").Trial
 GOAL = sift.Goal("cuda:90", configs.Device("sm90", 132))
 SHAPE = "8x16-highest"
 KEY = Key("sm90", 132, True, "gradient", "tf32", 2, 256, 8192)
-GRAM = KEY._replace(kernel="gram")
+GRAM = KEY._replace(kernel="gram", kind="half")
 TABLE = configs.from_table(KEY)
 A, B, C = Gradient(64, 64, 32), Gradient(64, 128, 32), Gradient(128, 64, 32)
 

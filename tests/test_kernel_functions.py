@@ -68,3 +68,50 @@ def test_a_tile_finds_its_row_and_column(row: int) -> None:
         out = torch.zeros(2, dtype=torch.int32)
         kernel[(1,)](out, first + column)
         assert out.tolist() == [row, column]
+
+
+def test_a_pair_of_float16_holds_a_float32() -> None:
+    """To 2^-23 of it, and to 2^-36."""
+    from vicreg_fast.kernels.numerics import float16_pair
+
+    @triton.jit
+    def kernel(a_ptr, out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, BLOCK)
+        high, low = float16_pair(tl.load(a_ptr + at))
+        tl.store(out_ptr + at, high)
+        tl.store(out_ptr + BLOCK + at, low)
+
+    kernel.fn.__globals__.update(float16_pair=float16_pair, tl=tl)
+    exponents = torch.arange(-45, 15).repeat_interleave(64)
+    a = (1 + torch.rand(len(exponents), dtype=torch.float64)) * 2.0**exponents
+    a = torch.cat([a.float(), -a.float()])[:4096]
+    out = torch.empty(2, 4096, dtype=torch.float16)
+    kernel[(1,)](a, out, 4096)
+    error = (out[0].double() + out[1].double() / 2048 - a.double()).abs()
+    assert bool((error <= torch.maximum(2.0**-23 * a.double().abs(), torch.tensor(2.0**-36))).all())
+    assert bool((error > 0).any())
+
+
+def test_scales_of_columns_are_coarse_powers_of_two() -> None:
+    from vicreg_fast.kernels.numerics import float16_scale
+
+    @triton.jit
+    def kernel(a_ptr, out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, BLOCK)
+        scale, inverse = float16_scale(tl.load(a_ptr + at))
+        tl.store(out_ptr + at, scale)
+        tl.store(out_ptr + BLOCK + at, inverse)
+
+    kernel.fn.__globals__.update(float16_scale=float16_scale, tl=tl)
+    a = torch.cat([2.0 ** torch.arange(-126, 128), 1.99 * 2.0 ** torch.arange(-126, 127), torch.zeros(5)])
+    a[-4:] = torch.tensor([torch.inf, torch.nan, 1e-40, 0.0])
+    out = torch.empty(2, 512)
+    kernel[(1,)](a, out, 512)
+    scale, inverse = out
+    assert torch.equal(scale * inverse, torch.ones(512))
+    assert set(scale.log2().tolist()) == {24.0 * k for k in range(-5, 6)}
+    assert scale[-4:].tolist() == [1.0] * 4
+    scaled = a[:-4] * inverse[:-4]
+    assert bool(((scaled >= 2.0**-10) & (scaled < 2.0**14) | (a[:-4] < 2.0**-118) | (a[:-4] == 0)).all())
+    assert float((a[:-4] / scale[:-4]).max()) < 2.0**14
+    assert bool((scale[(a >= 2.0**-10) & (a < 2.0**14)] == 1).all())

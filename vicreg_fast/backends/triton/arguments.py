@@ -90,7 +90,7 @@ def matmul_policy(plan_precision: str | None, sources: Sequence[Tensor], device:
     exact = "ieee" if on_cpu or device.arch.startswith("gfx") else "tf32x3"
     if requested == "bf16" and on_cpu:
         # Triton's interpreter computes bfloat16 wrong: the same numbers, held as float32.
-        return MatmulPolicy("bf16_bits", tf32, torch.float32, "tf32", exact)
+        return MatmulPolicy("bf16_bits", tf32, torch.float32, "half", exact)
     return {
         "ieee": MatmulPolicy("fp32", exact, torch.float32, "fp32", exact),
         "tf32": MatmulPolicy("tf32", tf32, torch.float32, "tf32", exact),

@@ -234,13 +234,23 @@ def _table(
 class Tables(NamedTuple):
     """The tables of an architecture."""
 
-    aligned: Table
+    aligned: Table  # see _aligned()
     # For gathered rows and for rows not aligned to 16 elements: each element keeps an address in registers.
     unaligned: Table
 
 
+def _aligned(table: Table) -> Table:
+    """Without the rows that no aligned views use: float32 and TF32 on the dual side are of gathered rows, which are unaligned."""
+    gradient = {
+        kind: tuple(row for row in rows if kind in ("half", "pair") or min(row[:2]) > 64)
+        for kind, rows in table.gradient.items()
+    }
+    return table._replace(gram={kind: table.gram[kind] for kind in ("half", "pair")}, gradient=gradient)
+
+
 def _large(stages: int, local_half: int = 64) -> Table:
-    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64), Kind(128, 32), local_half=local_half)
+    kinds = (Kind(128, 32), Kind(128, 32), Kind(128, 64), Kind(128, 32))
+    return _aligned(_table(stages, *kinds, local_half=local_half))
 
 
 def _sm100() -> Tables:
@@ -266,7 +276,7 @@ def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
 
     Two accumulators of 128 x 128 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
     """
-    table = _table(stages, *kinds, local_half=32)
+    table = _aligned(_table(stages, *kinds, local_half=32))
     pair = (Row(ANY, ANY, Gradient(64, 128, 32, 4, stages)),)
     return table._replace(gradient={**table.gradient, "pair": pair})
 

@@ -15,6 +15,7 @@ from ...kernels import (
     scatter_rows,
     vicreg_backward,
     vicreg_dual,
+    vicreg_moments,
     vicreg_narrow_backward,
     vicreg_primal,
     vicreg_splitk,
@@ -142,7 +143,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
         group.empty(1, dtype=torch.int32),
     )
     row_sq_norms = group.empty(V * P, column_blocks, N)
-    vicreg_dual._moments_forward_kernel[(programs,)](
+    vicreg_moments._moments_forward_kernel[(programs,)](
         views=group.views, operand_ptr=operand, moments_ptr=moments, row_sq_norms_ptr=row_sq_norms, partials=partials,
         P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
         VIEWS=V, FORMAT=matmul.format, EVEN=N % config.block_n == 0 and D % config.block_d == 0,

@@ -1,0 +1,62 @@
+"""The dual side's scaled float16 operands and its one pass over the rows, on data that need their scales, interpreted."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vicreg_fast import functional
+from vicreg_fast.sides import uses_dual
+
+from .conftest import Launch, Launches
+from .data import U, normal
+from .parity import KINDS, assert_parity
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+@pytest.mark.parametrize("kind", ["highest", "high"])
+@pytest.mark.parametrize("decades", [2, 17])
+def test_features_of_different_scales(kind: str, decades: int, launches: Launches) -> None:
+    """Every column's gradient is right, the weakest too: beside the strong ones it is nothing in the norm of all."""
+    N, D = 40, 90
+    strength = 10.0 ** torch.linspace(-decades / 2, decades / 2, D, dtype=torch.float64)
+    x, y = ((normal(N, D) * strength).float() for _ in range(2))
+    _, precision, unit = KINDS[kind]
+    assert_parity(x, y, precision, unit)
+    scales = {
+        float(s) for launch in launches if launch.name == "gram_forward" for s in moments_of(launch)[4].unique()
+    }
+    assert (len(scales) > 1) == (decades > 2)  # the matmul of weighted columns
+
+    def gradient(z: Tensor, **options: Any) -> Tensor:
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(functional.variance_covariance(z, **options)[1], z)[0].double()
+
+    truth, fast = gradient(x.double(), backend="aten"), gradient(x, backend="triton", precision=precision)
+    # The median column errs by one unit; the worst, of which G o and vhat o cancel, by up to 56 U in ATen's float32.
+    errors = (fast - truth).norm(dim=0) / truth.norm(dim=0)
+    assert float(errors.median()) <= 2 * (unit or 4 * U)
+    assert float(errors.max()) <= 16 * (unit or 4 * U)
+
+
+def moments_of(launch: Launch) -> Tensor:
+    """hi, lo, slope, vhat and the scale of each column."""
+    return launch.arguments["moments_ptr"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e4])
+def test_first_rows_far_from_the_mean(shift: float, scale: float) -> None:
+    """One pass around the first rows' mean would lose the digits of the variance, or leave the range of float32."""
+    N, D = 400, 520
+    assert uses_dual(1, N, D)
+    z = normal(N, D)
+    z[:32] = 0.01 * z[:32] - shift * 0.7
+    z = (scale * z).float()
+    var, _ = functional.variance_covariance(z, gamma=2 * shift * scale, backend="triton")
+    std = z.double().var(0).sqrt()
+    truth = float((2 * shift * scale - std).relu().mean())
+    assert abs(float(var) - truth) <= 4 * U * (truth + float(std.mean()))
