@@ -133,13 +133,13 @@ class Kind(NamedTuple):
     warps: int = 4
 
 
-def _moments() -> Rows[Moments]:
+def _moments(block_n: int, warps: int) -> Rows[Moments]:
     return (
         Row(16, ANY, Moments(16, 128, warps=4)),
         Row(32, ANY, Moments(32, 64, warps=4)),
         Row(64, ANY, Moments(64, 32, warps=4)),
-        # One warp: what is computed once a column is not repeated by other warps, and sums over rows need no barrier.
-        Row(ANY, ANY, Moments(32, 32, warps=1, stages=3)),
+        # One warp of aligned rows: what is computed once a column is not repeated by others, and sums over rows need no barrier.
+        Row(ANY, ANY, Moments(block_n, 32, warps, stages=3)),
     )
 
 
@@ -212,7 +212,7 @@ def _table(
     # The primal side's operands pass through registers, so its BLOCK_K is smaller.
     primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
-        _moments(),
+        _moments(32, warps=1),
         gram={name: _gram(kind, stages) for name, kind in dual.items()},
         second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
         gradient={name: _gradient(kind, stages, block_d) for name, kind in dual.items()},
@@ -284,6 +284,7 @@ def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
 def _unaligned(stages: int, local_warps: int = 4) -> Table:
     table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), Kind(64, 16), block_d=32)
     return table._replace(
+        moments=_moments(32, warps=4),
         local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
         local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps, 32)["fp32"]),
     )

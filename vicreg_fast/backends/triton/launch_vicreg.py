@@ -129,6 +129,9 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
         operand = group.empty(matmul.parts, V, P, N, D, dtype=matmul.dtype)
     moments_key, gram_key = forward_keys(group, matmul, device)
     config: Moments = choose(moments_key)
+    even = N % config.block_n == 0 and D % config.block_d == 0
+    if not even and config.warps < 4:  # masks take registers
+        config = config._replace(warps=4)
     product: Product = choose(gram_key)
     column_blocks = -(-D // config.block_d)
     programs = V * P * column_blocks
@@ -146,8 +149,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     vicreg_moments._moments_forward_kernel[(programs,)](
         views=group.views, operand_ptr=operand, moments_ptr=moments, row_sq_norms_ptr=row_sq_norms, partials=partials,
         P=P, N=N, D=D, gamma=plan.gamma, eps=plan.eps,
-        VIEWS=V, FORMAT=matmul.format, EVEN=N % config.block_n == 0 and D % config.block_d == 0,
-        ONE_BLOCK=config.block_n >= N, STAGES=config.stages,
+        VIEWS=V, FORMAT=matmul.format, EVEN=even, ONE_BLOCK=config.block_n >= N, STAGES=config.stages,
         BLOCK_N=config.block_n, BLOCK_D=config.block_d, **launch_options(device, config.warps, config.stages),
     )  # fmt: skip
     splits = None
