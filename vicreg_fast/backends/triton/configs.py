@@ -274,15 +274,15 @@ def _sm100() -> Tables:
 def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
     """Compute capability 8 and 12: a warp multiplies for itself.
 
-    Two accumulators of 128 x 128 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
+    Two accumulators of more than 64 x 64 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
     """
     table = _aligned(_table(stages, *kinds, local_half=32))
-    pair = (Row(ANY, ANY, Gradient(64, 128, 32, 4, stages)),)
+    pair = (Row(ANY, ANY, Gradient(64, 64, 32, 4, stages)),)
     return table._replace(gradient={**table.gradient, "pair": pair})
 
 
 def _unaligned(stages: int, local_warps: int = 4) -> Table:
-    table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), Kind(64, 16), block_d=32)
+    table = _table(stages, Kind(64, 16, 8), Kind(64, 16), Kind(64, 16), Kind(64, 16, 8), block_d=32)
     return table._replace(
         moments=_moments(32, warps=4),
         local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
