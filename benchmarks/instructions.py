@@ -80,7 +80,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_distance_forward_kernel": [_steps("C", "BLOCK_K")],
 }
 # Loops that are hardly ever entered: in one program, for rows that are not finite.  Instructions of theirs may stand in others.
-RARE = ("_sum_partials", "add_rows", "_second_pass", "_weighted_matmul")
+RARE = ("_sum_partials", "add_rows", "_second_pass", "_matmul_by_scale")
 # Loops that stand in a branch: their counts contain its share.
 IN_BRANCH = ("replace_diagonal", "_chunk_sums", "_feature_tile", "_norms_of")
 # By function and condition, as it is written, the share of programs in which it holds.
@@ -92,7 +92,7 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("finish_gram_tile", "i == 0"): lambda a: 0.0,
     # Columns of embeddings have one scale, and their first rows are not far from the mean.
     ("_tile_of_operand", "least == most"): lambda a: 1.0,
-    ("_column_moments", "tl.max(tl.where(in_range & (8.0 * centred >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
+    ("_column_moments", "tl.max(tl.where(in_range & (8.0 * v >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
     ("_reduce_covariance", "on_diagonal"): _on_diagonal,
     ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
     ("_store_both", "off_diagonal"): lambda a: 1 - _on_diagonal(a),

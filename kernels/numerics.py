@@ -58,14 +58,16 @@ def float16_pair(a):
 
 @triton.jit
 def float16_scale(largest):
-    """(s, 1 / s) of columns of which no element exceeds 2 largest: the power of 2^24 with largest / s in [2^-10, 2^14).
+    """(s, 1 / s) of columns of which no element exceeds 2 largest: the power of 2^16 with largest / s in [2^-4, 2^12).
 
-    Coarse, so that columns of embeddings have the same, 1: columns of one scale are multiplied as they are.
+    Coarse, so that columns of embeddings have the same, 1: columns of one scale are multiplied together.  float16 keeps its
+    digits down to 2^-14, and loses them one by one down to 2^-24.
     """
     exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) & 0xFF
-    steps = (exponent + 123) // 24 - 10  # of exponent - 127 + 10, rounded down
+    steps = (exponent + 37) // 16 - 10  # of exponent - 127 + 4, rounded down
+    steps = tl.minimum(tl.maximum(steps, -7), 7)  # both powers are normal
     steps = tl.where((exponent > 0) & (exponent < 0xFF), steps, 0)
-    return power_of_two(24 * steps), power_of_two(-24 * steps)
+    return power_of_two(16 * steps), power_of_two(-16 * steps)
 
 
 @triton.jit

@@ -134,7 +134,7 @@ def _complete(
         hi = tl.load(moments + d, mask=d < D, other=0.0)
         lo = tl.load(moments + step + d, mask=d < D, other=0.0)
         # Outside, where z is zero, c would be the mean, which may not fit float16.
-        c = zero_outside(centred(z, hi, lo, FORMAT), mask, EVEN)
+        c = zero_outside(centred(z, hi, lo, source.ptr.dtype.element_ty, FORMAT), mask, EVEN)
     if upstream.cov_ptr is not None and DUAL:
         # The operand is recomputed from z: cheaper than reading it.
         operand_v = tl.load(moments + 3 * step + d, mask=d < D, other=0.0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
-from .numerics import divide, exponent_scale, power_of_two, to_storage, tril_tile, undo_halves
+from .numerics import divide, power_of_two, to_storage, tril_tile, undo_halves
 from .vicreg_moments import load_operand
 from .views import row_offsets, select_source
 
@@ -93,27 +93,33 @@ def _operand_matmul(
 
 
 @triton.jit
-def _weighted_matmul(
-    a_rows, b_rows, of_low, scale_ptr, inverse, row, column, begin, end, N,
+def _matmul_by_scale(
+    a_rows, b_rows, of_low, scale_ptr, least, most, row, column, begin, end, N,
     PAIR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As _operand_matmul(), for columns of different scales: each times its weight, (scale inverse)^2, a power of two up to 1."""
+    """As _operand_matmul(), for columns of different scales: one scale after the other, from the least, in units of the last.
+
+    A factor of each column would be 2^-32 for each step of the scales, and the products underflow.
+    """
+    STEP: tl.constexpr = 2.0**16  # of float16_scale()
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     acc_low = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        d = start + tl.arange(0, BLOCK_K)
-        a_mask = (row < N)[:, None] & (d < end)[None, :]
-        b_mask = (column < N)[None, :] & (d < end)[:, None]
-        weights = tl.load(scale_ptr + d, mask=d < end, other=0.0) * inverse
-        weights = (weights * weights)[None, :]
-        a = _operand_tile(a_rows, 0, d[None, :], a_mask)
-        a = (a.to(tl.float32) * weights).to(tl.float16)
-        b = _operand_tile(b_rows, 0, d[:, None], b_mask)
-        acc = tl.dot(a, b, acc)
-        if PAIR:
-            acc_low = tl.dot(a, _operand_tile(b_rows, of_low, d[:, None], b_mask), acc_low)
-            a_low = _operand_tile(a_rows, of_low, d[None, :], a_mask)
-            acc_low = tl.dot((a_low.to(tl.float32) * weights).to(tl.float16), b, acc_low)
+    scale = least
+    while scale <= most:
+        acc *= 1.0 / (STEP * STEP)
+        acc_low *= 1.0 / (STEP * STEP)
+        for start in range(begin, end, BLOCK_K):
+            d = start + tl.arange(0, BLOCK_K)
+            of_scale = tl.load(scale_ptr + d, mask=d < end, other=0.0) == scale
+            a_mask = (row < N)[:, None] & of_scale[None, :]
+            b_mask = (column < N)[None, :] & of_scale[:, None]
+            a = _operand_tile(a_rows, 0, d[None, :], a_mask)
+            b = _operand_tile(b_rows, 0, d[:, None], b_mask)
+            acc = tl.dot(a, b, acc)
+            if PAIR:
+                acc_low = tl.dot(a, _operand_tile(b_rows, of_low, d[:, None], b_mask), acc_low)
+                acc_low = tl.dot(_operand_tile(a_rows, of_low, d[None, :], a_mask), b, acc_low)
+        scale *= STEP
     return _add_low(acc, acc_low, PAIR)
 
 
@@ -148,9 +154,21 @@ def _tile_of_operand(
                 a_rows, b_rows, of_low, row, column, begin, end, N, PAIR, DOT_PRECISION, BLOCK_M, BLOCK_K
             )
         else:
-            _, inverse = exponent_scale(most)
-            acc = _weighted_matmul(
-                a_rows, b_rows, of_low, scale_ptr, inverse, row, column, begin, end, N, PAIR, BLOCK_M, BLOCK_K
+            acc = _matmul_by_scale(
+                a_rows,
+                b_rows,
+                of_low,
+                scale_ptr,
+                least,
+                most,
+                row,
+                column,
+                begin,
+                end,
+                N,
+                PAIR,
+                BLOCK_M,
+                BLOCK_K,
             )
         acc = acc * most * most
     else:

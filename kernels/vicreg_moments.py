@@ -4,7 +4,7 @@
     o = round(z - hi - lo)        vhat = sum_n o_n^2 / (N - 1)
     scaled formats: o = s (high + 2^-11 low), of a pair; s a power of two, one a column
 
-Reads each view once from memory and once more from the cache.  Writes the moments, the operand (unless rows are gathered by
+Reads each view once from memory and once more from the cache, in rare cases twice more.  Writes the moments, the operand (unless rows are gathered by
 index), the squared row norms of o, and the partial sums of (x - y)^2, relu(gamma - sqrt(std^2 + eps)) and vhat^2.  2 bytes
 moved a byte of input, about 20 instructions an element.
 
@@ -104,7 +104,7 @@ def _column_moments(
     second one is for columns whose squares leave float32's range, or whose first rows are far from the mean.
     """
     z0 = tl.sum(tl.where((n == 0)[:, None], z, 0.0), 0)
-    s = z0 + tl.sum(z - z0[None, :], 0) * (1.0 / BLOCK_N)
+    s = z0 + tl.sum((z - z0[None, :]) * (1.0 / BLOCK_N), 0)
     total = _inside(z - s[None, :], 0, n, d, N, D, EVEN)
     squares = total * total
     largest = tl.abs(total)
@@ -115,16 +115,15 @@ def _column_moments(
         squares = tl.fma(e, e, squares)
         largest = tl.maximum(largest, tl.abs(e))
     largest = tl.max(largest, 0)
-    total = tl.sum(total, 0)
     squares = tl.sum(squares, 0)
-    offset = total * divide(1.0, N)
+    offset = tl.sum(total * divide(1.0, N), 0)
     # lo is what the mean is more than hi, whatever the roundings of hi.
     hi = s + offset
     lo = (s - hi) + offset
-    centred = relu_propagating_nan(squares - total * offset)
-    std = tl.sqrt_rn(centred * divide(1.0, N - 1))
-    in_range = (largest == 0.0) | ((largest > 1e-15) & (largest < 1e18))
-    if tl.max(tl.where(in_range & (8.0 * centred >= squares), 0, 1), 0) > 0:
+    v = relu_propagating_nan(squares - N * offset * offset)
+    std = tl.sqrt_rn(v * divide(1.0, N - 1))
+    in_range = (largest == 0.0) | ((largest > 1e-15) & (largest < 1e15))
+    if tl.max(tl.where(in_range & (8.0 * v >= squares), 0, 1), 0) > 0:
         lo, std = _second_pass(
             source, columns, index_ptr, v, p, n, d, P, N, D, hi, largest, EVEN, BLOCK_N, BLOCK_D
         )
@@ -132,10 +131,13 @@ def _column_moments(
 
 
 @triton.jit
-def centred(z, hi, lo, FORMAT: tl.constexpr):
-    """z - hi - lo; without lo, which is at most 2^-25 of the mean, if c is rounded to bfloat16: |m| is rarely more than 2^8 std."""
+def centred(z, hi, lo, TYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """z - hi - lo, of z loaded from TYPE; without lo, at most 2^-25 of the mean, if TYPE and c are rounded to bfloat16.
+
+    Of such z |m| is rarely more than 2^8 deviations, which z could not tell apart.
+    """
     c = z - hi[None, :]
-    return c if FORMAT == "bf16" else c - lo[None, :]
+    return c if tl.bfloat16 == TYPE and (FORMAT == "bf16" or FORMAT == "bf16_bits") else c - lo[None, :]
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _moments_forward_kernel(
     for top in tl.range(0, BLOCK_N if ONE_BLOCK else N, BLOCK_N, num_stages=STAGES):
         if not ONE_BLOCK:
             z = _load_block(source, columns, views.index_ptr, v, p, top, n, d, P, N, D, EVEN)
-        c = _inside(centred(z, hi, lo, FORMAT), top, n, d, N, D, EVEN)
+        c = _inside(centred(z, hi, lo, views.x_ptr.dtype.element_ty, FORMAT), top, n, d, N, D, EVEN)
         if SCALED:
             high, low, o = scaled_operand(c, scale, inverse, FORMAT)
         else:

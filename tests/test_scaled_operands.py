@@ -29,7 +29,7 @@ def test_features_of_different_scales(kind: str, decades: int, launches: Launche
     scales = {
         float(s) for launch in launches if launch.name == "gram_forward" for s in moments_of(launch)[4].unique()
     }
-    assert (len(scales) > 1) == (decades > 2)  # the matmul of weighted columns
+    assert len(scales) == 1 if decades == 2 else len(scales) > 1
 
     def gradient(z: Tensor, **options: Any) -> Tensor:
         z = z.clone().requires_grad_()
@@ -45,6 +45,37 @@ def test_features_of_different_scales(kind: str, decades: int, launches: Launche
 def moments_of(launch: Launch) -> Tensor:
     """hi, lo, slope, vhat and the scale of each column."""
     return launch.arguments["moments_ptr"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["highest", "high", "float16"])
+@pytest.mark.parametrize("largest", [2.0**-4, 2.0**12])
+def test_features_on_both_sides_of_a_limit(kind: str, largest: float, launches: Launches) -> None:
+    """Equally strong columns of two scales: no product may be lost, or rounded, between them."""
+    dtype, precision, unit = KINDS[kind]
+    x, y = (normal(40, 90) for _ in range(2))
+    x, y = ((z * (largest / (z - z.mean(0)).abs().max(0).values.median())).to(dtype) for z in (x, y))
+    assert_parity(x, y, precision, unit, scale=2.0**-24 if largest > 1 and dtype == torch.float16 else 1.0)
+    (gram,) = {launch.name: launch for launch in launches if launch.name == "gram_forward"}.values()
+    assert len(moments_of(gram)[4].unique()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the pass that is repeated
+def test_a_value_near_the_largest_float32() -> None:
+    z = normal(100, 130).float()
+    expected = functional.variance_covariance(z[:, 1:], backend="triton")[0] * 129 / 130
+    z[3, 0] = 3e38
+    var, cov = functional.variance_covariance(z, backend="triton")
+    torch.testing.assert_close(var, expected, rtol=8 * U, atol=0)
+    assert cov == torch.inf
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the pass that is repeated
+def test_squares_beyond_float32() -> None:
+    z = torch.full((360, 450), 9.9e17)
+    z[::2] *= -1
+    var, _ = functional.variance_covariance(z, gamma=2e18, backend="triton")
+    std = float(z.double().std(0)[0])
+    assert abs(float(var) - (2e18 - std)) <= 4 * U * std
 
 
 @pytest.mark.parametrize("shift", [1.0, 1e4])

@@ -248,8 +248,8 @@ def _aligned(table: Table) -> Table:
     return table._replace(gram={kind: table.gram[kind] for kind in ("half", "pair")}, gradient=gradient)
 
 
-def _large(stages: int, local_half: int = 64) -> Table:
-    kinds = (Kind(128, 32), Kind(128, 32), Kind(128, 64), Kind(128, 32))
+def _large(stages: int, local_half: int = 64, pair_warps: int = 4) -> Table:
+    kinds = (Kind(128, 32), Kind(128, 32), Kind(128, 64), Kind(128, 32, pair_warps))
     return _aligned(_table(stages, *kinds, local_half=local_half))
 
 
@@ -258,7 +258,7 @@ def _sm100() -> Tables:
     matching: dict[str, Rows[Matching]] = {
         kind: (Row(ANY, ANY, Matching(64, block_k, 8)),) for kind, block_k in (("fp32", 32), ("half", 64))
     }
-    table = _large(3, local_half=32)
+    table = _large(3, local_half=32, pair_warps=8)
     # Triton 3.6 cannot compile the pipelined loop of few features.
     second_moment: dict[str, Rows[Product]] = {
         kind: tuple(
@@ -274,10 +274,10 @@ def _sm100() -> Tables:
 def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
     """Compute capability 8 and 12: a warp multiplies for itself.
 
-    Two accumulators of more than 64 x 64 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
+    Two accumulators of 128 x 128 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
     """
     table = _aligned(_table(stages, *kinds, local_half=32))
-    pair = (Row(ANY, ANY, Gradient(64, 64, 32, 4, stages)),)
+    pair = (Row(ANY, ANY, Gradient(128, 64, 32, 8, stages)),)
     return table._replace(gradient={**table.gradient, "pair": pair})
 
 
