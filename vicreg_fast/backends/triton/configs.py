@@ -153,7 +153,7 @@ def _gram(kind: Kind, stages: int) -> Rows[Product]:
     return (*rows, Row(ANY, ANY, Product(128, kind.block_k, 8, stages, ctas_per_sm=1))) if large else rows
 
 
-def _second_moment(kind: Kind, stages: int, block_k: int) -> Rows[Product]:
+def _second_moment(kind: Kind, stages: int, block_k: int, wide_block_k: int) -> Rows[Product]:
     large = kind.largest > 64
     rows = (
         Row(ANY, 32, Product(32, 16, 4, stages=2, ctas_per_sm=2)),
@@ -161,7 +161,7 @@ def _second_moment(kind: Kind, stages: int, block_k: int) -> Rows[Product]:
         Row(ANY, 64, Product(64, block_k, 8, stages, ctas_per_sm=1)),
         Row(ANY, 256 if large else ANY, Product(64, block_k, 8, stages, ctas_per_sm=1 if block_k == 16 else 2)),
     )
-    return (*rows, Row(ANY, ANY, Product(128, block_k, 8, stages, ctas_per_sm=1))) if large else rows
+    return (*rows, Row(ANY, ANY, Product(128, wide_block_k, 8, stages, ctas_per_sm=1))) if large else rows
 
 
 def _gradient(kind: Kind, stages: int, block_d: int) -> Rows[Gradient]:
@@ -203,14 +203,26 @@ def _local_gradient(
     }
 
 
-def _table(stages: int, fp32: Kind, tf32: Kind, half: Kind, block_d: int = 64, local_half: int = 64) -> Table:
+def _table(
+    stages: int,
+    fp32: Kind,
+    tf32: Kind,
+    half: Kind,
+    block_d: int = 64,
+    local_half: int = 64,
+    wide_block_k: int = 64,
+) -> Table:
     kinds = {"fp32": fp32, "tf32": tf32, "half": half}
-    # The primal side's operands pass through registers, so its BLOCK_K is smaller.
+    # The primal side's operands pass through registers, so its BLOCK_K is smaller.  wide_block_k: of 16-bit operands in tiles of
+    # 128, two of which fit a register.
     primal = {name: min(kind.block_k, 16 if name == "fp32" else 32) for name, kind in kinds.items()}
     return Table(
         _moments(block_d),
         gram={name: _gram(kind, stages) for name, kind in kinds.items()},
-        second_moment={name: _second_moment(kind, stages, primal[name]) for name, kind in kinds.items()},
+        second_moment={
+            name: _second_moment(kind, stages, primal[name], wide_block_k if name == "half" else primal[name])
+            for name, kind in kinds.items()
+        },
         gradient={name: _gradient(kind, stages, block_d) for name, kind in kinds.items()},
         # 64 rows of float32 spill: three TF32 matmuls keep more of their operands in registers.
         narrow_gradient={
@@ -235,8 +247,17 @@ class Tables(NamedTuple):
     unaligned: Table
 
 
-def _large(stages: int, local_half: int = 64) -> Table:
-    return _table(stages, Kind(128, 32), Kind(128, 32), Kind(128, 64), local_half=local_half)
+def _large(stages: int, local_half: int = 64, wide_block_k: int = 64) -> Table:
+    kinds = Kind(128, 32), Kind(128, 32), Kind(128, 64)
+    return _table(stages, *kinds, local_half=local_half, wide_block_k=wide_block_k)
+
+
+def _sm90() -> Tables:
+    """As for the other large ones, with gradients of 16-bit operands in wider tiles: fewer bytes of shared memory."""
+    table = _large(3)
+    *rows, largest = table.gradient["half"]
+    wide = (*rows, largest._replace(second=384), Row(ANY, ANY, largest.config._replace(block_d=256)))
+    return Tables(table._replace(gradient=table.gradient | {"half": wide}), _unaligned(3))
 
 
 def _sm100() -> Tables:
@@ -274,10 +295,11 @@ ARCHITECTURES = {
     "sm86": Tables(
         _table(2, Kind(64, 16, 8), Kind(64, 32), Kind(64, 32), local_half=32), _unaligned(2, local_warps=8)
     ),
-    "sm90": Tables(_large(3), _unaligned(3)),
+    "sm90": _sm90(),
     "sm100": _sm100(),
-    "gfx942": Tables(_large(2), _unaligned(2)),
-    "gfx950": Tables(_large(2), _unaligned(2)),
+    # bfloat16 is subtracted as float32.
+    "gfx942": Tables(_large(2, wide_block_k=32), _unaligned(2)),
+    "gfx950": Tables(_large(2, wide_block_k=32), _unaligned(2)),
 }
 
 
