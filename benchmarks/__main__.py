@@ -116,7 +116,7 @@ def _add_kernels(commands: Any) -> None:
         "tune",
         help="search for the fastest block sizes of the kernels",
         description="Compile candidates for every kernel of a shape, keep the best by the estimate, check and time each alone on "
-        "the GPU, and write rows for vicreg_fast/backends/triton/configs.py. Without a GPU it only compiles and estimates.",
+        "the GPU, and write rows for vicreg_fast/backends/triton/tables.py. Without a GPU it only compiles and estimates.",
         epilog="exit status: 0, also where the time was over; 1 where a kernel could not be searched; 2 for a bad argument; "
         "130 after Ctrl-C, which keeps what was found",
     )

@@ -18,9 +18,14 @@ Exceptions = Mapping[tuple[str, str], str]
 # Fewer bytes of aligned inputs than 16 a thread and instruction.
 NARROW: Exceptions = {
     ("gradient", "load_tile"): "TF32 matmuls of compute capability 9.0 take o along its rows",
+    ("gram_forward", "_matmul_by_scale"): "the columns of one scale, any of them; rarely entered",
     ("vicregl_forward", "_finish_gram"): "G has rows of m matches, any number",
     ("vicregl_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
     ("select_forward", "_nearest_of_blocks"): "distances of P patches, any number",
+    (
+        "splitk_reduction",
+        "_load_split",
+    ): "tiles above the diagonal are read along the program's rows, which may be two",
 }
 # Loads in a loop without an asynchronous copy.
 SYNCHRONOUS: Exceptions = {
@@ -28,10 +33,13 @@ SYNCHRONOUS: Exceptions = {
         "narrow_second_moment_forward cuda:100",
         "load_tile",
     ): "Triton 3.6 cannot compile the pipelined loop there",
+    ("gram_forward", "_matmul_by_scale"): "rarely entered",
+    ("gram_forward", "_extreme_scales"): "a loop of few steps, from the cache",
+    ("", "gram_scale"): "a loop that runs once up to 512 blocks of columns",
     ("", "replace_diagonal"): "many blocks at a time, and most often all: the loop runs once",
     ("splitk_reduction", "_load_splits"): "many splits at a time, from the cache",
-    ("splitk_reduction", "_column_mean"): "many chunks at a time, from the cache",
-    ("splitk_reduction", "_chunk_means"): "many chunks at a time, from the cache",
+    ("splitk_reduction", "_load_split"): "many splits at a time, from the cache",
+    ("gradient", "_mean_product"): "a loop of few steps, from the cache",
     ("select_forward", "_nearest_of_blocks"): "many blocks at a time, and most often all: the loop runs once",
     ("narrow_gradient", "load_rows"): "Triton 3.6 makes no copy of what both a matmul and other arithmetic use",
     ("vicregl_forward", "_load_columns"): "few steps with full registers: with copies they spill",

@@ -170,22 +170,6 @@ def matmul_operations(name: str) -> tuple[float, str] | None:
     return None
 
 
-def commits_of_loops(ttgir: str) -> list[int]:
-    """The asynchronous copies that a step of each loop starts, in the order of Triton's IR; loops without any are left out."""
-    found: list[int] = []
-    open_loops: list[tuple[int, int]] = []  # indentation, position in ``found``
-    for text in ttgir.splitlines():
-        indentation = len(text) - len(text.lstrip())
-        if open_loops and text.lstrip().startswith("}") and indentation == open_loops[-1][0]:
-            open_loops.pop()
-        elif " = scf.for " in text or text.lstrip().startswith("scf.for "):
-            open_loops.append((indentation, len(found)))
-            found.append(0)
-        elif open_loops and "ttg.async_commit_group" in text:
-            found[open_loops[-1][1]] += 1
-    return [count for count in found if count]
-
-
 def approximations(ptx: str) -> Counter[str]:
     """Approximate divisions and roots in float32, by line."""
     counts: Counter[str] = Counter()

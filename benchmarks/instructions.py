@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,15 @@ def _steps(length: str, block: str) -> Callable[[Arguments], float]:
     return lambda a: float(math.ceil(a[length] / a[block]))
 
 
+def _tile_rows(a: Arguments) -> int:
+    """Rows of tiles of M."""
+    side: int = a["N"] if a.get("chunk_sums_ptr") is None else a["D"]
+    return math.ceil(side / int(a["BLOCK_M"]))
+
+
 def _on_diagonal(a: Arguments) -> float:
     """The share of tiles that lie on the diagonal: those of a triangle of n rows are 2 / (n + 1)."""
-    rows: int = math.ceil((a["N"] if a.get("chunk_sums_ptr") is None else a["D"]) / a["BLOCK_M"])
-    return 2 / (rows + 1)
+    return 2 / (_tile_rows(a) + 1)
 
 
 def _gram_steps(a: Arguments) -> float:
@@ -43,6 +48,11 @@ def _gram_steps(a: Arguments) -> float:
 def _diagonal_blocks(a: Arguments) -> float:
     rows: int = a.get("BLOCK_R", a["BLOCK_M"])
     return _on_diagonal(a) * math.ceil(int(a["column_blocks"]) / min(128, 2048 // rows))
+
+
+def _difference_blocks(a: Arguments) -> float:
+    """Blocks of columns whose differences a program has."""
+    return _on_diagonal(a)
 
 
 def _kinds(a: Arguments) -> float:
@@ -60,10 +70,13 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_extreme_scales": [lambda a: math.ceil(_gram_steps(a) * a["BLOCK_K"] / 1024)],
     "gram_scale": [lambda a: math.ceil(a["column_blocks"] / 512)],
     "_column_mean": [_steps("splits", "BLOCK_C")],
-    "_reduce_covariance": [_steps("splits", "BLOCK_C")],
+    "_moments_of_rows": [lambda a: math.ceil(a["splits"] / a["BLOCK_C"]) / _tile_rows(a)],
+    "_covariance": [_steps("splits", "BLOCK_C")] * 3,
+    "_mean_product": [lambda a: math.ceil(a["D"] / 512)],
     "_splitk_reduction_kernel": [_steps("splits", "BLOCK_C")],
     "_chunk_sums": [lambda a: _on_diagonal(a) * math.ceil(a["split_length"] / a["BLOCK_K"])],
-    "_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
+    "_squared_difference": [lambda a: _difference_blocks(a) * math.ceil(a["split_length"] / a["BLOCK_K"]) / 2],
+    "_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K"), lambda a: _difference_blocks(a)],
     "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
     "_narrow_gradient_kernel": [_steps("chunk_length", "BLOCK_N")],
@@ -82,7 +95,14 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
 # Loops that are hardly ever entered: in one program, for rows that are not finite.  Instructions of theirs may stand in others.
 RARE = ("_sum_partials", "add_rows", "_second_pass", "_matmul_by_scale")
 # Loops that stand in a branch: their counts contain its share.
-IN_BRANCH = ("replace_diagonal", "_chunk_sums", "_feature_tile", "_norms_of")
+IN_BRANCH = (
+    "replace_diagonal",
+    "_chunk_sums",
+    "_moments_of_rows",
+    "_squared_difference",
+    "_feature_tile",
+    "_norms_of",
+)
 # By function and condition, as it is written, the share of programs in which it holds.
 BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("_moments_forward_kernel", "v % 2 == 1"): lambda a: 0.5,
@@ -93,7 +113,8 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     # Columns of embeddings have one scale, and their first rows are not far from the mean.
     ("_tile_of_operand", "least == most"): lambda a: 1.0,
     ("_column_moments", "tl.max(tl.where(in_range & (8.0 * v >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
-    ("_reduce_covariance", "on_diagonal"): _on_diagonal,
+    ("_covariance", "j <= i"): lambda a: (_tile_rows(a) + 1) / (2 * _tile_rows(a)),
+    ("_reduce_covariance", "j == 0"): lambda a: 1 / _tile_rows(a),
     ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
     ("_store_both", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
     ("reduce_terms", "_arrives_last(partials.arrival_counter_ptr)"): lambda a: 1 / a["grid"],
@@ -161,6 +182,9 @@ class Loop(NamedTuple):
     first: int
     last: int
     source: tuple[str, int] | None
+    # Steps of the source's loop in one of the code's; the others follow without a loop, up to the instruction ``rest``.
+    unrolled: int = 1
+    rest: int = 0
 
 
 class Code(NamedTuple):
@@ -169,9 +193,6 @@ class Code(NamedTuple):
     instructions: list[str]
     branches: list[set[Branch]]
     loops: list[Loop]
-    commits: Sequence[
-        int
-    ] = ()  # asynchronous copies of a step of each loop that has some, in the order of the code
 
     def executions(self, arguments: Arguments) -> list[float]:
         """How often a warp of the average program executes each instruction."""
@@ -184,6 +205,10 @@ class Code(NamedTuple):
             in_branch = loop.source is not None and loop.source[0] in IN_BRANCH
             for position in range(loop.first, loop.last + 1):
                 counts[position] = trips if in_branch else counts[position] * trips
+            if loop.unrolled > 1 and loop.source is not None:
+                left_over = LOOPS[loop.source[0]][loop.source[1]](arguments) % loop.unrolled
+                for position in range(loop.last + 1, loop.rest + 1):
+                    counts[position] *= left_over / (loop.unrolled - 1)
         return counts
 
     @property
@@ -198,8 +223,8 @@ class Code(NamedTuple):
         if function in RARE:
             return 0.0
         trips = LOOPS[function][index](arguments)
-        if unrolled := self._unrolled(loop):
-            return trips / unrolled
+        if loop.unrolled > 1:
+            return trips // loop.unrolled
         lengths = [other.last - other.first + 1 for other in self.loops if other.source == loop.source]
         own = loop.last - loop.first + 1
         unrolled = round(max(lengths) / min(lengths))
@@ -207,23 +232,9 @@ class Code(NamedTuple):
             return trips
         return trips // unrolled if own > 1.5 * min(lengths) else trips % unrolled
 
-    def _unrolled(self, loop: Loop) -> float | None:
-        """The steps of the source's loop that one of the code's takes, by its asynchronous copies; None where they do not tell."""
-        counts = [
-            sum(name == "LDGDEPBAR" for name in self.instructions[other.first : other.last + 1])
-            for other in self.loops
-        ]
-        copying = sorted((other.first, count) for other, count in zip(self.loops, counts, strict=True) if count)
-        steps = {
-            first: count / due
-            for (first, count), due in zip(copying, self.commits, strict=False)
-            if count % due == 0
-        }
-        return steps.get(loop.first) if len(copying) == len(self.commits) == len(steps) else None
 
-
-def parse(code: str, commits: Sequence[int] = ()) -> Code:
-    """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly; ``commits``: see :class:`Code`."""
+def parse(code: str) -> Code:
+    """The instructions and loops of nvdisasm's text with lines, or of AMD's assembly."""
     names: list[str] = []
     lines: list[list[str]] = []
     labels: dict[str, int] = {}
@@ -263,7 +274,25 @@ def parse(code: str, commits: Sequence[int] = ()) -> Code:
             if k not in inner and voted is not None and voted not in taken:
                 votes[voted] += 0.1 if voted[0] in RARE else 1
         loops.append(Loop(first, last, max(votes, key=votes.__getitem__) if votes else None))
-    return Code(names, _branches(lines, skipped), loops, commits)
+    loops = [_unrolled(loop, loops, names, lines) for loop in loops]
+    return Code(names, _branches(lines, skipped), loops)
+
+
+def _unrolled(loop: Loop, loops: list[Loop], names: list[str], lines: list[list[str]]) -> Loop:
+    """A loop and by how much it is unrolled: of n steps of a matmul, n - 1 stand behind the loop, for what it leaves over."""
+    matmuls = [
+        k
+        for k, name in enumerate(names)
+        if loop.source
+        and disassembly.matmul_operations(name)
+        and source_loops().get(lines[k][0]) == loop.source
+    ]
+    inside = sum(loop.first <= k <= loop.last for k in matmuls)
+    behind = [k for k in matmuls if k > loop.last and not any(a.first <= k <= a.last for a in loops)]
+    step = inside - len(behind)
+    if not behind or step <= 0 or inside % step:
+        return loop
+    return loop._replace(unrolled=inside // step, rest=max(behind))
 
 
 def _branches(lines: list[list[str]], skipped: list[range]) -> list[set[Branch]]:

@@ -1,4 +1,4 @@
-"""What a sweep found: a JSON document, rows that can be pasted into configs.py, and rows that the library reads.
+"""What a sweep found: a JSON document, rows that can be pasted into tables.py, and rows that the library reads.
 
     schema, version, date, machine, commit   as in a result of ``run``
     target, triton                           what was compiled for, and by which version
@@ -60,7 +60,7 @@ class Found(NamedTuple):
 
     @property
     def table_name(self) -> str:
-        """The rows of configs.py that the key belongs to."""
+        """The rows of tables.py that the key belongs to."""
         kind = f'["{self.key.kind}"]' if self.key.kind else ""
         layout = "aligned" if self.key.aligned else "unaligned"
         return f"{self.key.kernel}{kind} of {self.key.arch}, {layout}, {self.key.num_sms} SMs"
@@ -72,7 +72,7 @@ class Found(NamedTuple):
         return self.estimates.get(trial.config)
 
     def row(self) -> str:
-        """A line of Python for configs.py: a row and its time, or a comment where none is new."""
+        """A line of Python for tables.py: a row and its time, or a comment where none is new."""
         if self.status != "timed" or self.best is self.trials[0]:
             return f"# {self.shape}: {self._words()}"
         before, after = (_duration(self.microseconds(trial)) for trial in (self.trials[0], self.best))

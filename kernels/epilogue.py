@@ -33,11 +33,12 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def _store_both(at, mirrored, tile, mask, off_diagonal):
-    """Store a tile and, off the diagonal, its mirror image."""
-    tl.store(at, tile, mask=mask)
+def _store_both(M_ptr, row, column, side, tile, off_diagonal):
+    """Store rows ``row`` and columns ``column`` of one M and, off the diagonal, their mirror image."""
+    mask = (row < side)[:, None] & (column < side)[None, :]
+    tl.store(M_ptr + row.to(tl.int64)[:, None] * side + column[None, :], tile, mask=mask)
     if off_diagonal:
-        tl.store(mirrored, tile, mask=mask)
+        tl.store(M_ptr + column.to(tl.int64)[None, :] * side + row[:, None], tile, mask=mask)
 
 
 @triton.jit
@@ -54,18 +55,15 @@ def store_tile(
     wide = M.to(tl.float64)
     squares = tl.sum(tl.sum(wide * wide, 1), 0)
     if M_ptr is not None:
-        at = M_ptr + problem * side * side
-        mirrored = at + column.to(tl.int64)[None, :] * side + row[:, None]
-        at = at + row.to(tl.int64)[:, None] * side + column[None, :]
+        M_ptr += problem * side * side
         if FORMAT == "scaled_fp16_pair":
             high, low = float16_pair(M * inverse_scale)
-            _store_both(at, mirrored, high, inside, off_diagonal)
-            of_low = problems.to(tl.int64) * side * side
-            _store_both(at + of_low, mirrored + of_low, low, inside, off_diagonal)
+            _store_both(M_ptr, row, column, side, high, off_diagonal)
+            _store_both(M_ptr + problems.to(tl.int64) * side * side, row, column, side, low, off_diagonal)
         elif FORMAT == "scaled_fp16":
-            _store_both(at, mirrored, (M * inverse_scale).to(tl.float16), inside, off_diagonal)
+            _store_both(M_ptr, row, column, side, (M * inverse_scale).to(tl.float16), off_diagonal)
         else:
-            _store_both(at, mirrored, round_matrix(M, FORMAT), inside, off_diagonal)
+            _store_both(M_ptr, row, column, side, round_matrix(M, FORMAT), off_diagonal)
     return tl.where(off_diagonal, 2.0 * squares, squares)
 
 

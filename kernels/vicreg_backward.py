@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .numerics import exponent_scale, round_to_format, to_storage, variance_factor
 from .vicreg_moments import centred, load_operand, scaled_operand
+from .vicreg_splitk import MEAN_COLUMNS
 from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source, zero_outside
 
 
@@ -46,15 +47,15 @@ def _halves(g, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _mean_parts(hi, lo, PARTS: tl.constexpr, TYPE: tl.constexpr):
-    """hi + lo as three rows of a type that add up to it, of bfloat16 exact to 2^-24; the other rows are zero."""
-    first = hi.to(TYPE)
-    rest = hi - first.to(tl.float32)
-    second = rest.to(TYPE)
-    third = (rest - second.to(tl.float32) + lo).to(TYPE)
-    part = tl.arange(0, PARTS)[:, None]
-    parts = tl.where(part == 0, first[None, :], tl.where(part == 1, second[None, :], third[None, :]))
-    return tl.where(part < 3, parts, 0.0)
+def _mean_product(parts_ptr, step, d, D):
+    """m C0 in columns d, from its parts, ``step`` elements apart."""
+    PARTS: tl.constexpr = 16  # at a time
+    product = tl.zeros((PARTS, d.shape[0]), tl.float32)
+    for start in range(0, D, PARTS * MEAN_COLUMNS):
+        part = start // MEAN_COLUMNS + tl.arange(0, PARTS)
+        mask = (part * MEAN_COLUMNS < D)[:, None] & (d < D)[None, :]
+        product += tl.load(parts_ptr + part[:, None] * step + d[None, :], mask=mask, other=0.0)
+    return tl.sum(product, 0)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _covariance_matmul(
     VIEWS: tl.constexpr, DUAL: tl.constexpr, EVEN: tl.constexpr, UNCHANGED: tl.constexpr, FORMAT: tl.constexpr,
     DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """M o (dual) or o M (primal) in rows n and columns d, both as they are stored."""
+    """M o (dual), o M or, UNCHANGED, z M (primal) in rows n and columns d, as they are stored."""
     PAIR: tl.constexpr = FORMAT == "scaled_fp16_pair"
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     g_low = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -94,8 +95,7 @@ def _covariance_matmul(
         M = M_ptr + (v * P + p) * D * D + d.to(tl.int64)[None, :] * D
         # c C0 = z C0 - m C0.  bfloat16 rows are multiplied unchanged, straight from memory, which is more exact than c
         # rounded to bfloat16: |m| is rarely more than 2^8 deviations, which z could not tell apart, and sums are float32.
-        PARTS: tl.constexpr = 16  # the fewest rows of a matmul
-        mean_matmul = tl.zeros((PARTS, BLOCK_D), tl.float32)
+        # The forward pass has stored m C0.
         for start in range(0, D, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             C = load_tile(M + k[:, None], (k < D)[:, None] & (d < D)[None, :], EVEN)
@@ -106,16 +106,9 @@ def _covariance_matmul(
                     EVEN,
                 )
                 g = tl.dot(z.to(C.dtype), C, g, input_precision=DOT_PRECISION)
-                hi = tl.load(hi_ptr + k, mask=k < D, other=0.0)
-                lo = tl.load(lo_ptr + k, mask=k < D, other=0.0)
-                mean_matmul = tl.dot(
-                    _mean_parts(hi, lo, PARTS, C.dtype), C, mean_matmul, input_precision=DOT_PRECISION
-                )
             else:
                 o = load_operand(source, rows, n, N, k, D, hi_ptr, lo_ptr, FORMAT)
                 g = tl.dot(o.to(C.dtype), C, g, input_precision=DOT_PRECISION)
-        if UNCHANGED:
-            g -= tl.sum(mean_matmul, 0)[None, :]
     return g
 
 
@@ -150,12 +143,12 @@ def _complete(
     if upstream.var_ptr is not None:
         slope = tl.load(moments + 2 * step + d, mask=d < D, other=0.0)
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var
-        g += c * variance_factor(slope, u)[None, :]
+        g = tl.fma(c, variance_factor(slope, u)[None, :], g)
     if upstream.inv_ptr is not None:
         other = load_tile(column_pointers(other_source, d)[None, :] + other_rows[:, None], mask, EVEN).to(
             tl.float32
         )
-        g += (z - other) * (tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv)
+        g = tl.fma(z - other, tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, g)
     return g
 
 
@@ -192,7 +185,7 @@ def _gradient_kernel(
     other_rows = rows
     if upstream.inv_ptr is not None:
         other_rows = row_offsets(other_source, views.index_ptr, v ^ 1, p, n, P, N)
-    step = P * VIEWS * D  # of moments (5, 4 or 3, P, V, D)
+    step = P * VIEWS * D  # of moments: one of its rows, (P, V, D)
     moments = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D
     g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     f_cov = 0.0
@@ -202,21 +195,32 @@ def _gradient_kernel(
             views, source, operand_ptr, moments, moments + step, M_ptr, v, p, rows, n,
             d0 + tl.arange(0, BLOCK_D), P, N, D, VIEWS, DUAL, EVEN, UNCHANGED, FORMAT, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        g *= f_cov if M_scale_ptr is None else f_cov * tl.load(M_scale_ptr + v * P + p)
+        if UNCHANGED and not DUAL:
+            d = d0 + tl.arange(0, BLOCK_D)
+            g = tl.fma(g, f_cov, (_mean_product(moments + 3 * step, step, d, D) * -f_cov)[None, :])
+        else:
+            g *= f_cov if M_scale_ptr is None else f_cov * tl.load(M_scale_ptr + v * P + p)
     g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
     if x_grad_ptr is not None and y_grad_ptr is not None:
         if is_of_y(v):
             g_ptr = y_grad_ptr
     g_rows = ((v // 2 * P + p) * N + n) * D
-    # A quarter of the columns at a time if a tile is large: it, z and the other view would not fit the registers.
-    PIECES: tl.constexpr = 4 if BLOCK_N * BLOCK_D > 4096 else 1
-    PIECE: tl.constexpr = BLOCK_D // PIECES
-    if PIECES == 4:
+    # A quarter of the columns at a time if a tile is large: it, z and the other view would not fit the registers.  An eighth
+    # where operands pass through registers and the tile is even larger.
+    QUARTERS: tl.constexpr = 4 if BLOCK_N * BLOCK_D > 4096 else 1
+    HALVES: tl.constexpr = 2 if BLOCK_N * BLOCK_D > 16384 and not UNCHANGED else 1
+    PIECE: tl.constexpr = BLOCK_D // (QUARTERS * HALVES)
+    if QUARTERS == 4:
         left, right = _halves(g, BLOCK_N, BLOCK_D)
         g0, g1 = _halves(left, BLOCK_N, BLOCK_D // 2)
         g2, g3 = _halves(right, BLOCK_N, BLOCK_D // 2)
-    for piece in tl.static_range(PIECES):
-        h = g if PIECES == 1 else g0 if piece == 0 else g1 if piece == 1 else g2 if piece == 2 else g3
+    for piece in tl.static_range(QUARTERS * HALVES):
+        h = g
+        if QUARTERS == 4:
+            h = g0 if piece < HALVES else g1 if piece < 2 * HALVES else g2 if piece < 3 * HALVES else g3
+        if HALVES == 2:
+            left, right = _halves(h, BLOCK_N, BLOCK_D // 4)
+            h = left if piece % 2 == 0 else right
         d = d0 + piece * PIECE + tl.arange(0, PIECE)
         h = _complete(
             h, f_cov, source, rows, other_source, other_rows, n, d, N, D, moments, step, upstream, scales,

@@ -57,12 +57,6 @@ def replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N
 
 
 @triton.jit
-def _operand_tile(rows, step, at, mask):
-    """A tile of the stored operand or of its low parts, ``step`` further; 0 where masked."""
-    return tl.load(rows + step + at, mask=mask, other=0.0)
-
-
-@triton.jit
 def _add_low(acc, acc_low, PAIR: tl.constexpr):
     """The sum of the matmuls of high parts and of those of which one part is low, see float16_pair()."""
     return tl.fma(acc_low, 1.0 / 2048, acc) if PAIR else acc
@@ -83,12 +77,12 @@ def _operand_matmul(
         d = start + tl.arange(0, BLOCK_K)
         a_mask = (row < N)[:, None] & (d < end)[None, :]
         b_mask = (column < N)[None, :] & (d < end)[:, None]
-        a = _operand_tile(a_rows, 0, d[None, :], a_mask)
-        b = _operand_tile(b_rows, 0, d[:, None], b_mask)
+        a = tl.load(a_rows + d[None, :], mask=a_mask, other=0.0)
+        b = tl.load(b_rows + d[:, None], mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
         if PAIR:
-            acc_low = tl.dot(a, _operand_tile(b_rows, of_low, d[:, None], b_mask), acc_low)
-            acc_low = tl.dot(_operand_tile(a_rows, of_low, d[None, :], a_mask), b, acc_low)
+            acc_low = tl.dot(a, tl.load(b_rows + of_low + d[:, None], mask=b_mask, other=0.0), acc_low)
+            acc_low = tl.dot(tl.load(a_rows + of_low + d[None, :], mask=a_mask, other=0.0), b, acc_low)
     return _add_low(acc, acc_low, PAIR)
 
 
@@ -108,17 +102,19 @@ def _matmul_by_scale(
     while scale <= most:
         acc *= 1.0 / (STEP * STEP)
         acc_low *= 1.0 / (STEP * STEP)
-        for start in range(begin, end, BLOCK_K):
+        for start in tl.range(begin, end, BLOCK_K, num_stages=1):  # registers are for the other loop
             d = start + tl.arange(0, BLOCK_K)
-            of_scale = tl.load(scale_ptr + d, mask=d < end, other=0.0) == scale
-            a_mask = (row < N)[:, None] & of_scale[None, :]
-            b_mask = (column < N)[None, :] & of_scale[:, None]
-            a = _operand_tile(a_rows, 0, d[None, :], a_mask)
-            b = _operand_tile(b_rows, 0, d[:, None], b_mask)
+            of_scale = (tl.load(scale_ptr + d, mask=d < end, other=0.0) == scale)[None, :]
+            a_mask = (row < N)[:, None] & (d < end)[None, :]
+            b_mask = (column < N)[None, :] & (d < end)[:, None]
+            a = tl.load(a_rows + d[None, :], mask=a_mask, other=0.0)
+            a = tl.where(of_scale, a, 0.0).to(tl.float16)
+            b = tl.load(b_rows + d[:, None], mask=b_mask, other=0.0)
             acc = tl.dot(a, b, acc)
             if PAIR:
-                acc_low = tl.dot(a, _operand_tile(b_rows, of_low, d[:, None], b_mask), acc_low)
-                acc_low = tl.dot(_operand_tile(a_rows, of_low, d[None, :], a_mask), b, acc_low)
+                acc_low = tl.dot(a, tl.load(b_rows + of_low + d[:, None], mask=b_mask, other=0.0), acc_low)
+                a_low = tl.load(a_rows + of_low + d[None, :], mask=a_mask, other=0.0)
+                acc_low = tl.dot(tl.where(of_scale, a_low, 0.0).to(tl.float16), b, acc_low)
         scale *= STEP
     return _add_low(acc, acc_low, PAIR)
 

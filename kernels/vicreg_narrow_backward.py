@@ -37,7 +37,7 @@ def _narrow_gradient_kernel(
     other_source = select_source(views, v ^ 1)
     columns = column_pointers(source, d)
     other_columns = column_pointers(other_source, d)
-    # Of moments (3, P, V, D).
+    # Of moments: hi, lo and slope, (P, V, D) each.
     at = moments_ptr + (p.to(tl.int64) * VIEWS + v) * D + d
     step = P.to(tl.int64) * VIEWS * D
     hi = tl.load(at, mask=d < D, other=0.0)

@@ -2,7 +2,7 @@
 
     S = sum (z - s)'(z - s)      t = sum (z - s)      q = sum (z - s)^2      over a chunk of rows
 
-s is the mean of the chunk's first block.  Any constant is right, and one near the mean loses no digits; a single row would
+s is about the mean of the chunk's first rows.  Any constant is right, and one near the mean loses no digits; a single row would
 lose all of them if it is an outlier.  vicreg_splitk.py combines the chunks into C, means and variances.  The hinge, which
 needs the variance of complete columns, is computed there too.
 
@@ -13,7 +13,7 @@ program's sum of (x - y)^2.  N D^2 operations a view.  Letters and buffers: docs
 import triton
 import triton.language as tl
 
-from .numerics import divide, operand_of, tril_tile, undo_halves
+from .numerics import operand_of, tril_tile, undo_halves
 from .views import (
     block_of_rows,
     column_pointers,
@@ -26,13 +26,34 @@ from .views import (
 
 
 @triton.jit
-def _provisional_centre(columns, rows, n, end, inside):
-    """Mean of the rows n of the columns.  The first row is subtracted first: a constant column gives its value."""
+def _provisional_centre(views, source, columns, v, p, start, end, inside, P, N, ROWS: tl.constexpr):
+    """About the mean of the columns' first rows; of fewer than ROWS it lies nearer the first.
+
+    The first row is subtracted before: a constant column gives its value, whatever the rounding.
+    """
+    index_ptr = views.index_ptr
+    first = columns + row_offsets(source, index_ptr, v, p, start, P, N)
+    first = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    n = start + tl.arange(0, ROWS)
     mask = (n < end)[:, None] & inside[None, :]
-    z = load_rows(columns, rows, mask)
-    first = tl.sum(tl.where((tl.arange(0, n.shape[0]) == 0)[:, None], z, 0.0), 0)
+    z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
     e = tl.where(mask, z - first[None, :], 0.0)
-    return first + divide(tl.sum(e, 0), tl.minimum(end - tl.min(n, 0), n.shape[0]))
+    return first + tl.sum(e, 0) * (1.0 / ROWS)
+
+
+@triton.jit
+def _rows(source, columns, index_ptr, v, p, n, P, N):
+    """Pointers to rows n of the columns, (rows, columns)."""
+    return columns[None, :] + row_offsets(source, index_ptr, v, p, n, P, N)[:, None]
+
+
+@triton.jit
+def _centred_operand(z, s, FORMAT: tl.constexpr):
+    """What is multiplied for z - s.  bfloat16 subtracts without a conversion: s is of z's type, and the difference is rounded once."""
+    if FORMAT == "bf16" and z.dtype == tl.bfloat16:
+        return z - s.to(tl.bfloat16)
+    o, _ = operand_of(z.to(tl.float32) - s, FORMAT)
+    return o
 
 
 @triton.jit
@@ -46,15 +67,13 @@ def _store_chunk(chunk_sums_ptr, at, d, D, s, t, q):
 
 @triton.jit
 def _chunk_sums(
-    views, source, columns, v, p, d, start, end, s, P, N, D,
-    VIEWS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    views, source, v, p, d, start, end, s, P, N, D,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """t, q and, element by element, (x - y)^2 of columns d.  A pair's second view reads the first."""
-    difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    """t and q of columns d."""
+    columns = column_pointers(source, d)
     t = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     q = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    other_source = select_source(views, v ^ 1)
-    other_columns = column_pointers(other_source, d)
     n = tl.arange(0, BLOCK_K)
     for top in range(start, end, BLOCK_K):
         mask = (top + n < end)[:, None] & (d < D)[None, :]
@@ -63,12 +82,28 @@ def _chunk_sums(
         e = zero_outside(z - s[None, :], mask, EVEN)
         t += e
         q = tl.fma(e, e, q)
-        if VIEWS > 1:
-            if v % 2 == 1:
-                at, rows = block_of_rows(other_source, other_columns, views.index_ptr, v ^ 1, p, top, n, P, N)
-                e = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32) - z
-                difference = tl.fma(e, e, difference)
-    return tl.sum(t, 0), tl.sum(q, 0), difference
+    return tl.sum(t, 0), tl.sum(q, 0)
+
+
+@triton.jit
+def _squared_difference(
+    views, source, v, p, d, start, end, P, N, D,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum of (x - y)^2 over columns d, float64: every other block of rows.  A pair's second view has those between."""
+    columns = column_pointers(source, d)
+    other_source = select_source(views, v ^ 1)
+    other_columns = column_pointers(other_source, d)
+    total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    n = tl.arange(0, BLOCK_K)
+    for top in range(start + v % 2 * BLOCK_K, end, 2 * BLOCK_K):
+        mask = (top + n < end)[:, None] & (d < D)[None, :]
+        at, rows = block_of_rows(source, columns, views.index_ptr, v, p, top, n, P, N)
+        z = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32)
+        at, rows = block_of_rows(other_source, other_columns, views.index_ptr, v ^ 1, p, top, n, P, N)
+        e = load_tile(at[None, :] + rows[:, None], mask, EVEN).to(tl.float32) - z
+        total = tl.fma(e, e, total)
+    return tl.sum(tl.sum(total, 1).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["P", "tiles", "splits"])
@@ -94,36 +129,51 @@ def _second_moment_forward_kernel(
     columns_j = column_pointers(source, d_j)
     start = k * split_length
     end = tl.minimum(start + split_length, N)
-    n = start + tl.arange(0, BLOCK_K)
-    rows = row_offsets(source, views.index_ptr, v, p, n, P, N)
-    s_i = _provisional_centre(columns_i, rows, n, end, d_i < D)
-    s_j = _provisional_centre(columns_j, rows, n, end, d_j < D)
+    # As many that a thread has 16 bytes: otherwise the compiler shares out the rows of the loop below in smaller pieces too.
+    ROWS: tl.constexpr = 16 if BLOCK_K > 32 else 32
+    s_i = _provisional_centre(views, source, columns_i, v, p, start, end, d_i < D, P, N, ROWS)
+    s_j = _provisional_centre(views, source, columns_j, v, p, start, end, d_j < D, P, N, ROWS)
+    # Of the views' type, so that _centred_operand() and _chunk_sums() subtract the same.
+    s_i = s_i.to(columns_i.dtype.element_ty).to(tl.float32)
+    s_j = s_j.to(columns_j.dtype.element_ty).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     n = tl.arange(0, BLOCK_K)
+    index_ptr = views.index_ptr
+    at_i = tl.trans(_rows(source, columns_i, index_ptr, v, p, start + n, P, N))
+    at_j = _rows(source, columns_j, index_ptr, v, p, start + n, P, N)
     for top in range(start, end, BLOCK_K):
-        at_i, rows = block_of_rows(source, columns_i, views.index_ptr, v, p, top, n, P, N)
-        at_j, _ = block_of_rows(source, columns_j, views.index_ptr, v, p, top, n, P, N)
+        if index_ptr is not None:
+            at_i = tl.trans(_rows(source, columns_i, index_ptr, v, p, top + n, P, N))
+            at_j = _rows(source, columns_j, index_ptr, v, p, top + n, P, N)
         mask_i = (d_i < D)[:, None] & (top + n < end)[None, :]
         mask_j = (d_j < D)[None, :] & (top + n < end)[:, None]
-        a = load_tile(at_i[:, None] + rows[None, :], mask_i, EVEN).to(tl.float32)
-        b = load_tile(at_j[None, :] + rows[:, None], mask_j, EVEN).to(tl.float32)
-        a, _ = operand_of(zero_outside(a - s_i[:, None], mask_i, EVEN), FORMAT)
-        b, _ = operand_of(zero_outside(b - s_j[None, :], mask_j, EVEN), FORMAT)
+        a = load_tile(at_i, mask_i, EVEN)
+        b = load_tile(at_j, mask_j, EVEN)
+        if index_ptr is None:
+            at_i += BLOCK_K * source.stride_n
+            at_j += BLOCK_K * source.stride_n
+        a = zero_outside(_centred_operand(a, s_i[:, None], FORMAT), mask_i, EVEN)
+        b = zero_outside(_centred_operand(b, s_j[None, :], FORMAT), mask_j, EVEN)
         acc = tl.dot(a, b, acc, input_precision=DOT_PRECISION)
     acc = undo_halves(acc, FORMAT)
     at = ((problem.to(tl.int64) * tiles + program % tiles) * splits + k) * BLOCK_M * BLOCK_M
     tl.store(split_tiles_ptr + at + m[:, None] * BLOCK_M + m[None, :], acc)
 
-    # The columns are read again, from the cache: their sums would take registers from the matmul.
-    difference = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    # The columns are read again, from the cache: their sums would take registers from the matmul.  Programs of tiles on the
+    # diagonal have t and q, the others the differences, of one block of columns each unless they are fewer than blocks.
+    difference = tl.full((), 0.0, tl.float64)
     if i == j:
-        t, q, difference = _chunk_sums(
-            views, source, columns_i, v, p, d_i, start, end, s_i, P, N, D, VIEWS, EVEN, BLOCK_M, BLOCK_K
-        )
+        t, q = _chunk_sums(views, source, v, p, d_i, start, end, s_i, P, N, D, EVEN, BLOCK_M, BLOCK_K)
         problems = tl.num_programs(0) // tiles // splits
         _store_chunk(chunk_sums_ptr, k.to(tl.int64) * problems + problem, d_i, D, s_i, t, q)
+    elif VIEWS > 1:
+        blocks = tl.cdiv(D, BLOCK_M)
+        for block in range(i * (i - 1) // 2 + j, blocks, tiles - blocks):
+            difference += _squared_difference(
+                views, source, v, p, block * BLOCK_M + m, start, end, P, N, D, EVEN, BLOCK_M, BLOCK_K
+            )
     if VIEWS > 1:
-        tl.store(partials.column_ptr + program, tl.sum(tl.sum(difference, 1).to(tl.float64)))
+        tl.store(partials.column_ptr + program, difference)
 
 
 @triton.jit
@@ -167,14 +217,13 @@ def _narrow_second_moment_forward_kernel(
     second_columns = column_pointers(second, d)
     start = k * split_length
     end = tl.minimum(start + split_length, N)
-    n = start + tl.arange(0, BLOCK_K)
-    first_s = _provisional_centre(first_columns, row_offsets(first, index_ptr, v, p, n, P, N), n, end, d < D)
+    first_s = _provisional_centre(views, first, first_columns, v, p, start, end, d < D, P, N, BLOCK_K)
     first_acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     first_t = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     first_q = tl.zeros((BLOCK_M,), tl.float64) if FP64_SQUARES else tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if VIEWS > 1:
         second_s = _provisional_centre(
-            second_columns, row_offsets(second, index_ptr, v + 1, p, n, P, N), n, end, d < D
+            views, second, second_columns, v + 1, p, start, end, d < D, P, N, BLOCK_K
         )
         second_acc = tl.zeros_like(first_acc)
         second_t = tl.zeros_like(first_t)

@@ -17,7 +17,7 @@ from .configs import Device, Key
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# The scaled float16 formats that are as accurate as others, and their kinds in configs.py.
+# The scaled float16 formats that are as accurate as others, and their kinds in tables.py.
 _SCALED = {"fp32": "scaled_fp16_pair", "tf32": "scaled_fp16", "fp16": "scaled_fp16"}
 _SCALED_KINDS = {"fp32": "pair", "tf32": "half", "fp16": "half"}
 
@@ -28,7 +28,7 @@ class MatmulPolicy(NamedTuple):
     format: str  # the operand's number format, as kernels/numerics.py names it
     dot_precision: str  # Triton's input_precision, of float32 operands
     dtype: torch.dtype  # of the operand in memory
-    kind: str  # of the rows in configs.py
+    kind: str  # of the rows in tables.py
     exact_precision: str  # Triton's input_precision of float32-accurate matmuls, whatever the precision
 
     @property

@@ -5,7 +5,7 @@ The fastest is used from then on and appended to a file, ``VICREG_FAST_AUTOTUNE_
 ``~/.cache/vicreg_fast/configs.jsonl``.  ``VICREG_FAST_AUTOTUNE_FILE`` alone: the rows of that file are used, and nothing is
 searched.
 
-A line of the file is a row for the tables of configs.py: its key, its configuration, and the milliseconds on the device of
+A line of the file is a row for tables.py: its key, its configuration, and the milliseconds on the device of
 the pass's kernels with it and with the table's own.  In a job of several processes, let one process search first: the others
 would wait for it at their next collective.
 """

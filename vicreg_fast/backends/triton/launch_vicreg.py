@@ -38,9 +38,11 @@ from .configs import (
 )
 from .splitk import split, tril_tiles
 
-# The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M): splits at a time and elements of a tile.  On the dual side as many as
-# leave a program for most SMs; on the primal side, for up to 8 splits and for more, the largest that no target spilled.
-_DUAL_SPLITS, _FEW_SPLITS, _MANY_SPLITS = (4, 1024), (2, 1024), (8, 128)
+# The split-K reduction's (BLOCK_C, BLOCK_R * BLOCK_M) on the dual side: splits at a time and elements of a tile, as many as
+# leave a program for most SMs.
+_DUAL_SPLITS = (4, 1024)
+# The same on the primal side, at most: of a program's elements, and of the splits at a time.  No target spilled.
+_MOST_ELEMENTS, _MOST_SPLITS = 4096, 8
 # The most features of which a program of the backward pass keeps the whole of C0.
 _NARROW = 64
 # Rows of a chunk: 2^24 of 64 features are 2^30 elements, and offsets within a chunk are 32-bit.
@@ -81,7 +83,9 @@ def saved(
         operand = (0,) if indexed else (matmul.parts, V, P, N, D)
         shapes = ((matmul.moments, P, V, D), (matmul.parts, V * P, N, N), scales, operand)
     elif plan.save_for_backward:
-        shapes = ((3, P, V, D), (1, V * P, D, D), (0,), (0,))
+        # Of bfloat16 beside the moments m C0, in parts.
+        parts = -(-D // vicreg_splitk.MEAN_COLUMNS.value) if matmul.format.startswith("bf16") else 0
+        shapes = ((3 + parts, P, V, D), (1, V * P, D, D), (0,), (0,))
     dtypes = (torch.float32, matmul.matrix_dtype, torch.float32, matmul.dtype)
     return list(zip(shapes, dtypes, strict=True))
 
@@ -106,16 +110,29 @@ def _normalisation(group: Group) -> Normalisation:
     return Normalisation(group.V, group.pairs, group.P, group.N, group.D)
 
 
-def _splitk_blocks(product: Product, splits: int, device: Device, dual: bool) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_R) of the split-K reduction: splits added at a time, and rows of a tile, in a program."""
-    block_c, elements = _DUAL_SPLITS if dual else _MANY_SPLITS if splits > 8 else _FEW_SPLITS
-    if (
-        dual and device.num_sms > 200
-    ):  # at 256x8192 1024 elements would leave three quarters of 304 compute units idle
+def _splitk_blocks(product: Product, device: Device) -> tuple[int, int]:
+    """(BLOCK_C, BLOCK_R) of the split-K reduction on the dual side: splits added at a time, and rows of a tile, in a program."""
+    block_c, elements = _DUAL_SPLITS
+    if device.num_sms > 200:  # at 256x8192 1024 elements would leave three quarters of 304 compute units idle
         elements //= 4
     if device == INTERPRETER:  # few programs, but more than one of a tile, as on a GPU
         return block_c, product.block_m // 2
     return block_c, max(1, elements // product.block_m)
+
+
+def _covariance_blocks(group: Group, product: Product, splits: int, device: Device) -> tuple[int, int, int]:
+    """(BLOCK_C, BLOCK_R, warps) on the primal side: equal groups of splits, and rows that leave a program for most SMs."""
+    rows = _MOST_ELEMENTS // product.block_m
+    columns = group.V * group.P * -(-group.D // product.block_m)
+    while rows > 2 and columns * -(-group.D // rows) < 0.75 * device.num_sms:
+        rows //= 2
+    # What is computed once a column is repeated by each warp.
+    warps = 4 if rows * product.block_m > 256 else 1
+    most_splits = min(_MOST_SPLITS, _MOST_ELEMENTS * warps // (rows * product.block_m))
+    block_c = -(-splits // -(-splits // most_splits))
+    if device == INTERPRETER:  # few programs, but more than one of a tile, as on a GPU
+        return min(block_c, 2), product.block_m // 2, 4
+    return block_c, rows, warps
 
 
 def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
@@ -138,7 +155,7 @@ def _dual_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     tiles = tril_tiles(N, product.block_m)
     shares = split(V * P * tiles, D, product, device.num_sms, allow_full_tiles=True)
     split_tiles = V * P * tiles - shares.full_tiles
-    _, block_r = _splitk_blocks(product, shares.splits, device, group.dual)
+    _, block_r = _splitk_blocks(product, device)
     tile_partials = shares.full_tiles + split_tiles * (product.block_m // block_r)
     partials = Partials(
         group.empty(tile_partials, 2, dtype=torch.float64),
@@ -181,8 +198,8 @@ def _primal_forward(call: Call, kept: Sequence[Tensor], terms: Terms) -> None:
     unsplit_programs = group.pairs * P if narrow else V * P * tiles
     shares = split(unsplit_programs, N, product, device.num_sms, allow_full_tiles=False)
     programs = unsplit_programs * shares.splits
-    _, block_r = _splitk_blocks(product, shares.splits, device, group.dual)
-    tile_partials = V * P * tiles * (product.block_m // block_r)
+    _, block_r, _ = _covariance_blocks(group, product, shares.splits, device)
+    tile_partials = V * P * -(-D // product.block_m) * -(-D // block_r)
     partials = Partials(
         group.empty(tile_partials, 2, dtype=torch.float64),
         group.empty(programs, dtype=torch.float64) if V > 1 else None,
@@ -215,11 +232,14 @@ def _reduce_splits(
     call: Call, product: Product, shared: dict[str, Any], chunk_sums: Tensor | None, moments: Tensor | None
 ) -> None:
     """Add up the splits.  ``shared``: arguments that the kernel before has too; ``chunk_sums``: of the primal side."""
-    _, plan, _, device = call
-    block_c, block_r = _splitk_blocks(product, shared["splits"], device, call.group.dual)
+    group, plan, _, device = call
+    if group.dual:
+        (block_c, block_r), warps = _splitk_blocks(product, device), 4
+    else:
+        block_c, block_r, warps = _covariance_blocks(group, product, shared["splits"], device)
     vicreg_splitk._splitk_reduction_kernel[(shared["tile_partials"] - shared["full_tiles"],)](
         **shared, chunk_sums_ptr=chunk_sums, moments_ptr=moments, gamma=plan.gamma, eps=plan.eps,
-        BLOCK_R=block_r, BLOCK_C=block_c, **launch_options(device, warps=4),
+        BLOCK_R=block_r, BLOCK_C=block_c, **launch_options(device, warps),
     )  # fmt: skip
 
 
