@@ -20,6 +20,10 @@ NARROW: Exceptions = {
     ("gradient", "load_tile"): "TF32 matmuls of compute capability 9.0 take o along its rows",
     ("vicregl_forward", "_finish_gram"): "G has rows of m matches, any number",
     ("vicregl_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "_matrices"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "match_sets_gradient"): "16 columns of an image that is not finite",
+    ("vicregl_image_gradient", "_load_columns"): "16 columns of an image that is not finite",
     ("select_forward", "_nearest_of_blocks"): "distances of P patches, any number",
 }
 # Loads in a loop without an asynchronous copy.
@@ -37,6 +41,10 @@ SYNCHRONOUS: Exceptions = {
     ("vicregl_forward", "_load_columns"): "few steps with full registers: with copies they spill",
     ("vicregl_gradient", "_load_columns"): "a loop of two steps, over the directions of matching",
     ("vicregl_gradient", "_match_set_gradient"): "a loop of two steps, over the directions of matching",
+    ("vicregl_image_gradient", "_load_columns"): "an image that is not finite",
+    ("vicregl_image_gradient", "_match_set_gradient"): "an image that is not finite",
+    ("vicregl_image_gradient", "_matrices"): "a loop of two steps, over the directions of matching",
+    ("vicregl_image_gradient", "_load_patches"): "full registers: with copies it spills",
 }
 # The same, where the line has asynchronous copies too.
 PARTLY_SYNCHRONOUS: Exceptions = {
