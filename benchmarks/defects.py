@@ -21,6 +21,11 @@ NARROW: Exceptions = {
     ("gram_forward", "_matmul_by_scale"): "the columns of one scale, any of them; rarely entered",
     ("vicregl_forward", "_finish_gram"): "G has rows of m matches, any number",
     ("vicregl_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "_is_finite"): "the diagonal of G",
+    ("vicregl_image_gradient", "_matrices"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "_match_set_gradient"): "G has rows of m matches, any number",
+    ("vicregl_image_gradient", "match_sets_gradient"): "16 columns of an image that is not finite",
+    ("vicregl_image_gradient", "_load_columns"): "16 columns of an image that is not finite",
     ("select_forward", "_nearest_of_blocks"): "distances of P patches, any number",
     (
         "splitk_reduction",
@@ -45,6 +50,10 @@ SYNCHRONOUS: Exceptions = {
     ("vicregl_forward", "_load_columns"): "few steps with full registers: with copies they spill",
     ("vicregl_gradient", "_load_columns"): "a loop of two steps, over the directions of matching",
     ("vicregl_gradient", "_match_set_gradient"): "a loop of two steps, over the directions of matching",
+    ("vicregl_image_gradient", "_load_columns"): "an image that is not finite",
+    ("vicregl_image_gradient", "_match_set_gradient"): "an image that is not finite",
+    ("vicregl_image_gradient", "_matrices"): "a loop of two steps, over the directions of matching",
+    ("vicregl_image_gradient", "_load_patches"): "full registers: with copies it spills",
 }
 # The same, where the line has asynchronous copies too.
 PARTLY_SYNCHRONOUS: Exceptions = {

@@ -83,7 +83,11 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_finish_columns": [_steps("D", "BLOCK_S")],
     "_vicregl_forward_kernel": [_steps("D", "BLOCK_D"), _steps("D", "BLOCK_F")],
     "_match_set_gradient": [_steps("D", "BLOCK_F")],
-    "_vicregl_gradient_kernel": [lambda a: 2.0],  # directions
+    "match_sets_gradient": [lambda a: 2.0],  # directions
+    "_matrices": [lambda a: 2.0],  # directions
+    "_add_columns_terms": [lambda a: 4.0],  # match sets
+    "_finite_image_gradient": [_steps("D", "BLOCK_D")],
+    "_vicregl_image_gradient_kernel": [lambda a: 0.0],  # of an image that is not finite
     "_scatter_backward_kernel": [lambda a: a["VIEWS"], _steps("m", "BLOCK_K")],
     "_norms_of": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
     "_feature_tile": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
@@ -122,6 +126,7 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     ("_match_forward_kernel", "kind == 0"): lambda a: 0.5,
     # Of the two directions only that from y to x has several blocks.
     ("_nearest_of_blocks", "blocks == 1"): lambda a: 0.5 if a["BOTH"] else 1.0,
+    ("_vicregl_image_gradient_kernel", "finite"): lambda a: 1.0,
     ("_feature_tile", "not finite"): lambda a: 0.0,
     ("add_rows", "tl.sum(tl.sum(g * 0.0, 1), 0) != 0.0"): lambda a: 0.0,
 }

@@ -41,7 +41,7 @@ from .views import column_pointers, match_set_offset, matches_of, select_source
 
 
 @triton.jit
-def _gram_set_offset(kind, direction, B, m1, m2):
+def gram_set_offset(kind, direction, B, m1, m2):
     """Offset of a match set in the flat Gram matrices, which are laid out as the index is."""
     m1 = m1.to(tl.int64)
     return 2 * B * (kind * (m1 * m1 + m2.to(tl.int64) * m2) + direction * m1 * m1)
@@ -166,9 +166,8 @@ def _finish_gram(gram, row_sq_norms, n, m, gram_ptr, FORMAT: tl.constexpr, DOT_P
 def _vicregl_forward_kernel(
     views, gram_ptr, columns_ptr, squares_ptr, partials_ptr, arrival_counter_ptr, location, feature, total_ptr, scales,
     B, D, m1, m2, gamma, eps,
-    DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, COLUMN_ROWS: tl.constexpr,
+    DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program: one view of one match set of one image.  The candidates' program computes the invariance too.
 
@@ -191,7 +190,7 @@ def _vicregl_forward_kernel(
     inverse_degrees = divide(1.0, m - 1)
     rows, row_0 = _matched_rows(index_ptr, b, side, n, B, m, source)
     query_rows, query_row_0 = _matched_rows(index_ptr, b, 0, n, B, m, query_source)
-    columns_ptr += program.to(tl.int64) * 3 * D
+    columns_ptr += program.to(tl.int64) * COLUMN_ROWS * D
     squares_ptr += program.to(tl.int64) * D
     # With float32 sums the rounding of one strong feature would show in what the float32-accurate dual side subtracts.
     WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
@@ -212,6 +211,8 @@ def _vicregl_forward_kernel(
         stored, o = operand_of(c, FORMAT)
         squares = _squares_of(c, FORMAT)
         tl.store(columns_ptr + d, lo, mask=inside)
+        if COLUMN_ROWS == 4:
+            tl.store(columns_ptr + 3 * D + d, z_0, mask=inside)
         tl.store(squares_ptr + d, squares, mask=inside)
         if DUAL:
             gram = _add_to_gram(gram, stored, DOT_PRECISION)
@@ -234,7 +235,7 @@ def _vicregl_forward_kernel(
     if DUAL:
         G_ptr = gram_ptr
         if gram_ptr is not None:
-            G_ptr = gram_ptr + _gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
+            G_ptr = gram_ptr + gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
         degrees = m.to(tl.float64) - 1
         cov = (cov + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT, DOT_PRECISION)) / (degrees * degrees)
     at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
@@ -249,6 +250,7 @@ def _match_set_gradient(
     views, index_ptr, gram_ptr, columns_ptr, upstream, scales, direction, of_y, b, n, d, B, D, m,
     DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    COLUMN_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of one source's rows in one match set, rows n and columns d: (gradient, pointer to the indices of the rows).
 
@@ -260,7 +262,7 @@ def _match_set_gradient(
     source = select_source(views, 2 * direction + side)
     rows, row_0 = _matched_rows(index_ptr, b, side, n, B, m, source)
     z, z_0 = _load_columns(source, row_0, rows, d, D, EVEN)
-    columns_ptr += side * 3 * D
+    columns_ptr += side * COLUMN_ROWS * D
     inverse_degrees = divide(1.0, m - 1)
     lo = tl.load(columns_ptr + d, mask=d < D, other=0.0)
     weight = (n < m).to(tl.float32)
@@ -299,6 +301,41 @@ def _match_set_gradient(
     return g, index_ptr + side * B * m + b * m
 
 
+@triton.jit
+def match_sets_gradient(
+    views, gram_ptr, columns_ptr, location, feature, scales, of_y, b, patch, d, B, D, m1, m2,
+    DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    EXACT_PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    COLUMN_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of patches and columns d of image b of a source: that of every match set, row by row, added up.
+
+    ROWS: the FORMAT of add_rows().  COLUMN_ROWS: of columns_ptr (8 B, COLUMN_ROWS, D).
+    """
+    n = tl.arange(0, BLOCK_N)
+    out = tl.zeros((patch.shape[0], d.shape[0]), tl.float32)
+    for kind in tl.static_range(2):
+        upstream = location if kind == 0 else feature
+        if upstream.inv_ptr is not None or upstream.var_ptr is not None or upstream.cov_ptr is not None:
+            index_ptr = views.index_ptr + match_set_offset(kind, 0, B, m1, m2)
+            G_ptr = gram_ptr
+            if gram_ptr is not None:
+                G_ptr = gram_ptr + gram_set_offset(kind, 0, B, m1, m2)
+            for direction in range(2):
+                m = matches_of(direction, m1, m2)
+                of_queries = columns_ptr + (b * 8 + kind * 4 + direction * 2) * COLUMN_ROWS * D
+                g, own_index_ptr = _match_set_gradient(
+                    views, index_ptr, G_ptr, of_queries, upstream, scales, direction, of_y, b, n, d, B, D, m,
+                    DUAL, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_N, d.shape[0], BLOCK_F, COLUMN_ROWS,
+                )  # fmt: skip
+                out = add_rows(out, g, n, m, own_index_ptr, 1, patch, ROWS, EXACT_PRECISION)
+                # From the match set x to y to that of y to x.
+                index_ptr += 2 * B * m1
+                if gram_ptr is not None:
+                    G_ptr += 2 * B * m1 * m1
+    return out
+
+
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
 def _vicregl_gradient_kernel(
     views, gram_ptr, columns_ptr, x_grad_ptr, y_grad_ptr, location, feature, scales, B, L1, L2, D, m1, m2,
@@ -328,26 +365,9 @@ def _vicregl_gradient_kernel(
     # Of a float32 gradient, two bfloat16 parts of a row would lose six bits.
     ROWS: tl.constexpr = FORMAT if g_ptr.dtype.element_ty == tl.bfloat16 else "fp32"
     patch = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    n = tl.arange(0, BLOCK_N)
-    out = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    for kind in tl.static_range(2):
-        upstream = location if kind == 0 else feature
-        if upstream.inv_ptr is not None or upstream.var_ptr is not None or upstream.cov_ptr is not None:
-            index_ptr = views.index_ptr + match_set_offset(kind, 0, B, m1, m2)
-            G_ptr = gram_ptr
-            if gram_ptr is not None:
-                G_ptr = gram_ptr + _gram_set_offset(kind, 0, B, m1, m2)
-            for direction in range(2):
-                m = matches_of(direction, m1, m2)
-                of_queries = columns_ptr + (b * 8 + kind * 4 + direction * 2) * 3 * D
-                g, own_index_ptr = _match_set_gradient(
-                    views, index_ptr, G_ptr, of_queries, upstream, scales, direction, of_y, b, n, d, B, D, m,
-                    DUAL, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_F,
-                )  # fmt: skip
-                out = add_rows(out, g, n, m, own_index_ptr, 1, patch, ROWS, EXACT_PRECISION)
-                # From the match set x to y to that of y to x.
-                index_ptr += 2 * B * m1
-                if gram_ptr is not None:
-                    G_ptr += 2 * B * m1 * m1
+    out = match_sets_gradient(
+        views, gram_ptr, columns_ptr, location, feature, scales, of_y, b, patch, d, B, D, m1, m2,
+        DUAL, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, EXACT_PRECISION, ROWS, BLOCK_N, BLOCK_F, 3,
+    )  # fmt: skip
     at = g_ptr + (b * L + patch)[:, None] * D + d[None, :]
     tl.store(at, out, mask=(patch < L)[:, None] & (d < D)[None, :])

@@ -212,6 +212,28 @@ def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
         assert not truth[0, 3].isfinite().all()
 
 
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("kind", ["highest", "high", "medium"])
+def test_gradient_of_whole_images(kind: str, finite: bool, launches: Launches) -> None:
+    """The kernel that multiplies patches; rows of images that are not finite, and rows that no match has, do not spread."""
+    dtype, precision, unit = KINDS[kind]
+    maps = maps_of(2, (49, 50), 256, dtype=dtype)
+    locations = [torch.rand(2, P, 2) for P in (49, 50)]
+    if finite:
+        assert_parity(maps, locations, (20, 20), False, precision, unit, scale=2.0**10)
+        assert launches[-1].name == "vicregl_image_gradient"
+        return
+    maps[0][0, 3, 7] = float("nan")
+
+    def gradients(backend: str) -> list[Tensor]:
+        x, y = (z.clone().requires_grad_() for z in maps)
+        losses = VICRegLLoss(20, 0.0, backend=backend).local_loss(x, y, *locations)
+        return list(torch.autograd.grad(losses["location/loss"], (x, y)))
+
+    for actual, truth in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert torch.equal(actual.isnan(), truth.isnan())
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_an_infinite_first_match_gives_an_infinite_invariance() -> None:
     """Rows of a block beyond the matches are copies of the first one: infinity times zero would be NaN."""

@@ -16,9 +16,10 @@ def saved(
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and types of what is saved besides the inputs: see the launchers."""
     device = configs.device_of(sources[0].device)
-    matmul = arguments.matmul_policy(plan.precision, _of_one_dtype(sources), device)
+    of_one_dtype = _of_one_dtype(sources)
+    matmul = arguments.matmul_policy(plan.precision, of_one_dtype, device)
     if launch_vicregl.fits(plan):
-        return launch_vicregl.saved(plan, sources[0].shape, matmul)
+        return launch_vicregl.saved(plan, of_one_dtype, matmul, device)
     return [
         shape_and_dtype
         for group in plan.groups(sources, match_index)

@@ -1,12 +1,13 @@
 """Launches VICRegL's per-image statistics: one kernel forward, one backward, for both losses and both directions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from ...kernels import vicregl
+from ...kernels import vicregl, vicregl_backward
 from ...kernels.epilogue import Terms
 from ...kernels.vicreg_backward import Upstream
 from ...kernels.views import Views
@@ -20,6 +21,10 @@ from .configs import INTERPRETER, Device, Key, Local, LocalGradient, choose, lau
 MOST_MATCHES = 64
 # Columns at a time where each has one value; in the interpreter, which has no registers to run out of, one block.
 _COLUMNS, _COLUMNS_INTERPRETED = 64, 512
+# Patches and columns of the gradient kernel of whole images, and where it is used: elsewhere it spills, or is no faster by the
+# model.  Fewer patches or columns do not pay for its matrices.
+_IMAGE_BLOCK = 64
+_IMAGE_ARCHITECTURES = ("sm90", "sm100", "interpreter")
 
 
 def fits(plan: Plan) -> bool:
@@ -62,25 +67,48 @@ def keys(plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: De
     # float32 maps take twice the registers of 16-bit ones, whatever their operands are rounded to.
     widened = matmul.kind == "half" and sources[0].dtype == torch.float32
     kind, gradient_kind = ("tf32", "tf32") if widened else (matmul.kind, matmul.gradient_kind)
-    return [
-        Key(*device, aligned, "local", kind, B, m, patches),
-        Key(*device, aligned, "local_gradient", gradient_kind, B, m, patches),
-    ]
+    forward_key = Key(*device, aligned, "local", kind, B, m, patches)
+    if _by_image(plan, sources, device):
+        return [forward_key]
+    return [forward_key, Key(*device, aligned, "local_gradient", gradient_kind, B, m, patches)]
 
 
-def saved(plan: Plan, shape: Sequence[int], matmul: MatmulPolicy) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _by_image(plan: Plan, sources: Sequence[Tensor], device: Device) -> bool:
+    """Whether the backward pass multiplies patches (vicregl_backward.py) and not matches (vicregl.py)."""
+    _B, D, m1, m2, dual, block_n, _ = _shape(plan, sources[0])
+    patches = max(source.shape[1] for source in sources)
+    return (
+        device.arch in _IMAGE_ARCHITECTURES
+        and dual
+        and m1 == m2
+        and block_n <= 32
+        and _IMAGE_BLOCK // 2 < patches <= _IMAGE_BLOCK
+        and D >= 4 * _IMAGE_BLOCK
+        and all(map(is_aligned, sources))
+        and sources[0].dtype != torch.float16  # spilled on compute capability 9.0
+    )
+
+
+def saved(
+    plan: Plan, sources: Sequence[Tensor], matmul: MatmulPolicy, device: Device
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and types of what the backward pass reads: the match sets' Gram matrices, flat, and sums of their columns.
 
     No Gram matrices on the primal side.
     """
-    B, _, D = shape
+    B, _, D = sources[0].shape
     m1, m2 = plan.match_counts
     gram = 4 * B * (m1 * m1 + m2 * m2) if uses_dual(B, max(m1, m2), D) else 0
-    columns = 8 * B * 3 * D
+    columns = 8 * B * _column_rows(plan, sources, device) * D
     return [
         ((gram if plan.save_for_backward else 0,), matmul.matrix_dtype),
         ((columns if plan.save_for_backward else 0,), torch.float32),
     ]
+
+
+def _column_rows(plan: Plan, sources: Sequence[Tensor], device: Device) -> int:
+    """Rows of ``columns``: lo, vhat and slope, and the views' first rows where the gradient of whole images follows."""
+    return 4 if plan.save_for_backward and _by_image(plan, sources, device) else 3
 
 
 def _views(sources: Sequence[Tensor], match_index: Tensor) -> Views:
@@ -93,16 +121,16 @@ def terms(
     plan: Plan, sources: Sequence[Tensor], matches: Matches, matmul: MatmulPolicy, device: Device
 ) -> list[Tensor]:
     """[the plan's outputs, then the Gram matrices]."""
-    forward_key, _ = keys(plan, sources, matmul, device)
-    config: Local = choose(forward_key)
+    config: Local = choose(keys(plan, sources, matmul, device)[0])
     x = sources[0]
     B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
     gram, columns = (
-        torch.empty(size, dtype=dtype, device=x.device) for size, dtype in saved(plan, x.shape, matmul)
+        torch.empty(size, dtype=dtype, device=x.device) for size, dtype in saved(plan, sources, matmul, device)
     )
+    rows = _column_rows(plan, sources, device)
     # Freed when the forward pass returns.
     squares = torch.empty(8 * B, D, dtype=torch.float64, device=x.device)
-    scratch = columns if columns.numel() else torch.empty(8 * B, 3, D, dtype=torch.float32, device=x.device)
+    scratch = columns if columns.numel() else torch.empty(8 * B, rows, D, dtype=torch.float32, device=x.device)
     partials = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
     block_d = block_of(D, config.block_d)
@@ -114,7 +142,7 @@ def terms(
         scales=match_set_scales(_loss_weights(plan), B, D)[0],
         B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
         DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
-        DOT_PRECISION=matmul.dot_precision, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f,
+        DOT_PRECISION=matmul.dot_precision, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, COLUMN_ROWS=rows,
         BLOCK_S=_COLUMNS_INTERPRETED if device == INTERPRETER else _COLUMNS, **launch_options(device, config.warps),
     )  # fmt: skip
     return [*outputs, gram, columns]
@@ -142,8 +170,6 @@ def gradient(
 ) -> list[Tensor | None]:
     """Gradients of the maps that need one, in their type; None for a map that needs none."""
     gram, columns = saved
-    _, gradient_key = keys(plan, sources, matmul, device)
-    config: LocalGradient = choose(gradient_key)
     x, y = sources
     B, D, m1, m2, dual, block_n, block_f = _shape(plan, x)
     # Both directions of a loss have the same upstream gradients.
@@ -153,17 +179,31 @@ def gradient(
         for source, need in zip(sources, needs, strict=True)
     )
     grads = [grad for grad in (x_grad, y_grad) if grad is not None]
+    arguments: dict[str, Any] = {
+        "views": _views(sources, match_index), "gram_ptr": gram if gram.numel() else None, "columns_ptr": columns,
+        "x_grad_ptr": x_grad, "y_grad_ptr": y_grad, "location": Upstream(*location), "feature": Upstream(*feature),
+        "scales": match_set_scales(_loss_weights(plan), B, D)[1],
+        "B": B, "L1": x.shape[1], "L2": y.shape[1], "D": D, "m1": m1, "m2": m2,
+        "FORMAT": matmul.format, "OPERAND_TYPE": matmul.tl_dtype,
+        "DOT_PRECISION": matmul.dot_precision, "EXACT_PRECISION": matmul.exact_precision, "BLOCK_N": block_n,
+    }  # fmt: skip
+    if _by_image(plan, sources, device):
+        programs = B * len(grads)
+        vicregl_backward._vicregl_image_gradient_kernel[(programs,)](
+            **arguments, rows_ptr=torch.empty(programs, 8, _IMAGE_BLOCK, dtype=torch.float32, device=x.device),
+            EVEN=_is_even(D, _IMAGE_BLOCK, block_f, dual),
+            PART_TYPE=tl.float32 if device == INTERPRETER else tl.bfloat16,
+            BLOCK_L=_IMAGE_BLOCK, BLOCK_D=_IMAGE_BLOCK, **launch_options(device, warps=4),
+        )  # fmt: skip
+        return [x_grad, y_grad]
+    _, gradient_key = keys(plan, sources, matmul, device)
+    config: LocalGradient = choose(gradient_key)
     block_l = block_of(max(grad.shape[1] for grad in grads), config.block_l)
     # One gradient alone takes more registers a column than each of two.
     block_d = block_of(D, config.block_d if len(grads) == 2 else max(16, config.block_d // 2))
     tiles = sum(-(-grad.shape[1] // block_l) for grad in grads)
     vicregl._vicregl_gradient_kernel[(B * tiles * -(-D // block_d),)](
-        views=_views(sources, match_index), gram_ptr=gram if gram.numel() else None, columns_ptr=columns,
-        x_grad_ptr=x_grad, y_grad_ptr=y_grad, location=Upstream(*location), feature=Upstream(*feature),
-        scales=match_set_scales(_loss_weights(plan), B, D)[1],
-        B=B, L1=x.shape[1], L2=y.shape[1], D=D, m1=m1, m2=m2,
-        DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
-        DOT_PRECISION=matmul.dot_precision, EXACT_PRECISION=matmul.exact_precision,
-        BLOCK_L=block_l, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, **launch_options(device, config.warps),
+        **arguments, DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual),
+        BLOCK_L=block_l, BLOCK_D=block_d, BLOCK_F=block_f, **launch_options(device, config.warps),
     )  # fmt: skip
     return [x_grad, y_grad]
