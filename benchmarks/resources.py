@@ -82,6 +82,7 @@ class Maps(NamedTuple):
 # Both sides, one tile of distances and several, every row of the tables.
 MAPS = (
     Maps(128, 49, 49, 512, (20, 20)),
+    Maps(32, 49, 49, 512, (20, 16)),
     Maps(128, 49, 49, 512, (20, 20), channels_first=True),
     Maps(64, 196, 196, 768, (20, 4)),
     Maps(64, 128, 9, 130, (49, 9), coordinates=3),
