@@ -259,7 +259,8 @@ def _planned_ctas(variant: Variant, target: str) -> int:
         return 1
     blocks = (named["BLOCK_M"], named["BLOCK_K"], variant.options["num_warps"], variant.options["num_stages"])
     tables = configs.ARCHITECTURES[device_of(target).arch]
-    rows = [row for layout in tables for kind in getattr(layout, table).values() for row in kind]
+    kind = {"fp32": "fp32", "tf32": "tf32", "scaled_fp16_pair": "pair"}.get(str(named["FORMAT"]), "half")
+    rows = [row for layout in tables for row in getattr(layout, table).get(kind, ())]
     narrow = variant.name.startswith("narrow")
     planned = [
         row.config.ctas_per_sm for row in rows if row.config[:4] == blocks and (row.second <= 64) == narrow

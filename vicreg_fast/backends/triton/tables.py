@@ -79,13 +79,11 @@ def _matching(stages: int, fp32: Kind, half: Kind) -> dict[str, Rows[Matching]]:
     small = Row(64 if half.largest > 64 else ANY, ANY, Matching(64, half.block_k, half.warps, stages))
     # Where float32 matmuls need eight warps, on compute capability 8.0, a larger BLOCK_K of large tiles does too.
     block_k = half.block_k if fp32.warps == 4 else 32
-    fp32_stages = stages if fp32.warps == 4 else 2
     large = (Row(ANY, ANY, Matching(half.largest, block_k, 8, stages)),) if half.largest > 64 else ()
     return {
         # BLOCK_K 16: with 32 and four warps Triton 3.6 spills beside locations.  Up to three channels are compared as locations
         # are, by differences, which take more registers than a matmul.
-        # A third stage spills a few bytes on compute capability 8.0.
-        "fp32": (Row(ANY, 3, Matching(64, 16, 8, stages)), Row(ANY, ANY, Matching(64, 16, 4, fp32_stages))),
+        "fp32": (Row(ANY, 3, Matching(64, 16, 8, stages)), Row(ANY, ANY, Matching(64, 16, 4, stages))),
         "half": (small, *large),
     }
 
@@ -193,8 +191,12 @@ def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
     pair = (Row(ANY, ANY, Gradient(128, 64, 32, 8, stages)),)
     # Of 16-bit operands a second CTA would need four registers less.
     half = tuple(row._replace(config=row.config._replace(ctas_per_sm=1)) for row in table.second_moment["half"])
+    matching = table.matching
+    if stages > 2:  # on compute capability 8.0 four warps spilled a few bytes beside locations
+        matching = {**matching, "fp32": (Row(ANY, ANY, Matching(64, 16, 8, stages)),)}
+    gradient = {**table.gradient, "pair": pair}
     return table._replace(
-        gradient={**table.gradient, "pair": pair}, second_moment={**table.second_moment, "half": half}
+        gradient=gradient, matching=matching, second_moment={**table.second_moment, "half": half}
     )
 
 
@@ -203,6 +205,7 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
     table = _table(stages, kinds, block_d=32)
     return table._replace(
         moments=_moments(32, warps=4),
+        matching={**table.matching, "fp32": (Row(ANY, ANY, Matching(64, 16, 8, stages)),)},
         local={kind: (Row(32, ANY, Local(32)), Row(ANY, ANY, Local(16))) for kind in table.local},
         local_gradient=dict.fromkeys(table.local_gradient, _local_gradient(local_warps, 32)["fp32"]),
     )
