@@ -57,6 +57,16 @@ def float16_pair(a):
 
 
 @triton.jit
+def join_pair(high, low):
+    """high + 2^-11 low in float32: of float16_pair()'s parts, or of the sums of their matmuls."""
+    return tl.fma(low.to(tl.float32), 1.0 / 2048, high.to(tl.float32))
+
+
+# Scales of columns are powers of 2^16.
+SCALE_STEP = tl.constexpr(16)
+
+
+@triton.jit
 def float16_scale(largest):
     """(s, 1 / s) of columns of which no element exceeds 2 largest: the power of 2^16 with largest / s in [2^-4, 2^12).
 
@@ -64,10 +74,10 @@ def float16_scale(largest):
     digits down to 2^-14, and loses them one by one down to 2^-24.
     """
     exponent = (largest.to(tl.uint32, bitcast=True) >> 23).to(tl.int32) & 0xFF
-    steps = (exponent + 37) // 16 - 10  # of exponent - 127 + 4, rounded down
+    steps = (exponent - 127 + 4 + 10 * SCALE_STEP) // SCALE_STEP - 10  # rounded down, of no negative number
     steps = tl.minimum(tl.maximum(steps, -7), 7)  # both powers are normal
     steps = tl.where((exponent > 0) & (exponent < 0xFF), steps, 0)
-    return power_of_two(16 * steps), power_of_two(-16 * steps)
+    return power_of_two(steps * SCALE_STEP), power_of_two(-steps * SCALE_STEP)
 
 
 @triton.jit

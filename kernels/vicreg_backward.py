@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import exponent_scale, round_to_format, to_storage, variance_factor
+from .numerics import exponent_scale, join_pair, round_to_format, to_storage, variance_factor
 from .vicreg_moments import centred, load_operand, scaled_operand
 from .vicreg_splitk import MEAN_COLUMNS
 from .views import column_pointers, is_of_y, load_tile, row_offsets, select_source, zero_outside
@@ -88,7 +88,7 @@ def _covariance_matmul(
                 G_low = load_tile(M + VIEWS * P * N * N + k[None, :], (n < N)[:, None] & (k < N)[None, :], EVEN)
                 g_low = tl.dot(G_low, o, g_low, input_precision=DOT_PRECISION)
         if PAIR:
-            g = tl.fma(g_low, 1.0 / 2048, g)
+            g = join_pair(g, g_low)
         g *= SCALE
     else:
         # C is symmetric: read along k, as TF32 matmuls on compute capability 9.0 want it.

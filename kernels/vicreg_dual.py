@@ -1,6 +1,6 @@
 """The dual side of VICReg's forward pass: G = o o' / (N - 1), N x N, from the operand o of vicreg_moments.py.
 
-    scaled formats: G = sum_d s_d^2 (high_d high_d' + 2^-11 (high_d low_d' + low_d high_d')) / (N - 1), o_d = s_d (high_d + 2^-11 low_d)
+    o_d = s_d (high_d + 2^-11 low_d)      G = sum_d s_d^2 (high_d high_d' + 2^-11 (high_d low_d' + low_d high_d')) / (N - 1)
 
 Multiplies the tiles on and below G's diagonal: N^2 D operations a view.  Most tiles are computed by one program each.  The last
 ones, which would leave most of the device idle, are split along the features, and vicreg_splitk.py adds the splits.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import reduce_terms, store_tile
-from .numerics import divide, power_of_two, to_storage, tril_tile, undo_halves
+from .numerics import SCALE_STEP, divide, join_pair, power_of_two, to_storage, tril_tile, undo_halves
 from .vicreg_moments import load_operand
 from .views import row_offsets, select_source
 
@@ -57,12 +57,6 @@ def replace_diagonal(G, row, column, row_sq_norms_ptr, problem, column_blocks, N
 
 
 @triton.jit
-def _add_low(acc, acc_low, PAIR: tl.constexpr):
-    """The sum of the matmuls of high parts and of those of which one part is low, see float16_pair()."""
-    return tl.fma(acc_low, 1.0 / 2048, acc) if PAIR else acc
-
-
-@triton.jit
 def _operand_matmul(
     a_rows, b_rows, of_low, row, column, begin, end, N,
     PAIR: tl.constexpr, DOT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -83,7 +77,7 @@ def _operand_matmul(
         if PAIR:
             acc_low = tl.dot(a, tl.load(b_rows + of_low + d[:, None], mask=b_mask, other=0.0), acc_low)
             acc_low = tl.dot(tl.load(a_rows + of_low + d[None, :], mask=a_mask, other=0.0), b, acc_low)
-    return _add_low(acc, acc_low, PAIR)
+    return join_pair(acc, acc_low) if PAIR else acc
 
 
 @triton.jit
@@ -95,7 +89,7 @@ def _matmul_by_scale(
 
     A factor of each column would be 2^-32 for each step of the scales, and the products underflow.
     """
-    STEP: tl.constexpr = 2.0**16  # of float16_scale()
+    STEP: tl.constexpr = 2.0**SCALE_STEP
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     acc_low = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     scale = least
@@ -116,7 +110,7 @@ def _matmul_by_scale(
                 a_low = tl.load(a_rows + of_low + d[None, :], mask=a_mask, other=0.0)
                 acc_low = tl.dot(tl.where(of_scale, a_low, 0.0).to(tl.float16), b, acc_low)
         scale *= STEP
-    return _add_low(acc, acc_low, PAIR)
+    return join_pair(acc, acc_low) if PAIR else acc
 
 
 @triton.jit
@@ -151,21 +145,8 @@ def _tile_of_operand(
             )
         else:
             acc = _matmul_by_scale(
-                a_rows,
-                b_rows,
-                of_low,
-                scale_ptr,
-                least,
-                most,
-                row,
-                column,
-                begin,
-                end,
-                N,
-                PAIR,
-                BLOCK_M,
-                BLOCK_K,
-            )
+                a_rows, b_rows, of_low, scale_ptr, least, most, row, column, begin, end, N, PAIR, BLOCK_M, BLOCK_K
+            )  # fmt: skip
         acc = acc * most * most
     else:
         acc = _operand_matmul(
@@ -224,7 +205,8 @@ def _gram_forward_kernel(
 ):  # fmt: skip
     """One program: one of the first ``full_tiles`` tiles; or ``split_length`` features of a later one, which has ``splits``.
 
-    tiles: of one G.  views None: the operand is read instead.  split_tiles_ptr None: no tile is split, and this kernel reduces the terms too.
+    tiles: of one G.  views None: the operand is read instead.  split_tiles_ptr None: no tile is split, and this kernel
+    reduces the terms too.
     """
     program = tl.program_id(0)
     is_full = program < full_tiles

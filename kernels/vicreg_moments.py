@@ -4,9 +4,9 @@
     o = round(z - hi - lo)        vhat = sum_n o_n^2 / (N - 1)
     scaled formats: o = s (high + 2^-11 low), of a pair; s a power of two, one a column
 
-Reads each view once from memory and once more from the cache, in rare cases twice more.  Writes the moments, the operand (unless rows are gathered by
-index), the squared row norms of o, and the partial sums of (x - y)^2, relu(gamma - sqrt(std^2 + eps)) and vhat^2.  2 bytes
-moved a byte of input, about 20 instructions an element.
+Reads each view once from memory and once more from the cache, in rare cases twice more.  Writes the moments, the operand
+(unless rows are gathered by index), the squared row norms of o, the partial sums of (x - y)^2,
+relu(gamma - sqrt(std^2 + eps)) and vhat^2, and the largest vhat.
 
 x, y: (P, N, D), any strides.  Letters and buffers: docs/notation.md.
 """
@@ -20,6 +20,7 @@ from .numerics import (
     float16_pair,
     float16_scale,
     hinge_and_slope,
+    join_pair,
     operand_of,
     relu_propagating_nan,
     round_to_format,
@@ -145,7 +146,7 @@ def scaled_operand(c, s, inverse, FORMAT: tl.constexpr):
     """(high, low, o): the float16 parts of c times ``inverse``, of one part twice, and s times their sum in float32."""
     if FORMAT == "scaled_fp16_pair":
         high, low = float16_pair(c * inverse[None, :])
-        return high, low, tl.fma(low.to(tl.float32), 1.0 / 2048, high.to(tl.float32)) * s[None, :]
+        return high, low, join_pair(high, low) * s[None, :]
     else:
         high = (c * inverse[None, :]).to(tl.float16)
         return high, high, high.to(tl.float32) * s[None, :]

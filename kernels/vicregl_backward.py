@@ -100,21 +100,9 @@ def _matmul(a, b, acc, TYPE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _matrices(
-    views,
-    gram_ptr,
-    counts_ptr,
-    cov,
-    of_y,
-    b,
-    B,
-    m1,
-    m2,
-    patch,
-    TYPE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    views, gram_ptr, counts_ptr, cov, of_y, b, B, m1, m2, patch,
+    TYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(own, (-pairs) of both kinds, whether each patch of this source and of the other has a match).
 
     counts_ptr: the matches of each patch are stored there, of the four match sets and of both kinds.

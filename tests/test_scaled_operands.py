@@ -36,7 +36,7 @@ def test_features_of_different_scales(kind: str, decades: int, launches: Launche
         return torch.autograd.grad(functional.variance_covariance(z, **options)[1], z)[0].double()
 
     truth, fast = gradient(x.double(), backend="aten"), gradient(x, backend="triton", precision=precision)
-    # The median column errs by one unit; the worst, of which G o and vhat o cancel, by up to 56 U in ATen's float32.
+    # The median column errs by one unit.  Of the worst, G o and vhat o cancel: 56 U with these kernels, 69 U in ATen's float32.
     errors = (fast - truth).norm(dim=0) / truth.norm(dim=0)
     assert float(errors.median()) <= 2 * (unit or 4 * U)
     assert float(errors.max()) <= 16 * (unit or 4 * U)

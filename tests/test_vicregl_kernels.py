@@ -212,26 +212,27 @@ def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
         assert not truth[0, 3].isfinite().all()
 
 
-@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.filterwarnings(
+    "ignore:All-NaN slice encountered:RuntimeWarning"
+)  # of the rows that are not finite
 @pytest.mark.parametrize("kind", ["highest", "high", "medium"])
-def test_gradient_of_whole_images(kind: str, finite: bool, launches: Launches) -> None:
+def test_gradient_of_whole_images(kind: str, launches: Launches) -> None:
     """The kernel that multiplies patches; rows of images that are not finite, and rows that no match has, do not spread."""
     dtype, precision, unit = KINDS[kind]
     maps = maps_of(2, (49, 50), 256, dtype=dtype)
     locations = [torch.rand(2, P, 2) for P in (49, 50)]
-    if finite:
-        assert_parity(maps, locations, (20, 20), False, precision, unit, scale=2.0**10)
-        assert launches[-1].name == "vicregl_image_gradient"
-        return
+    assert_parity(maps, locations, (20, 20), False, precision, unit, scale=2.0**10)
+    assert launches[-1].name == "vicregl_image_gradient"
     maps[0][0, 3, 7] = float("nan")
-
-    def gradients(backend: str) -> list[Tensor]:
+    gradients = []
+    for backend in ("triton", "reference"):
         x, y = (z.clone().requires_grad_() for z in maps)
-        losses = VICRegLLoss(20, 0.0, backend=backend).local_loss(x, y, *locations)
-        return list(torch.autograd.grad(losses["location/loss"], (x, y)))
-
-    for actual, truth in zip(gradients("triton"), gradients("reference"), strict=True):
+        losses = VICRegLLoss(20, 0.0, backend=backend, precision=precision).local_loss(x, y, *locations)
+        gradients += [torch.autograd.grad(losses["location/loss"], (x, y))]
+    for actual, truth in zip(*gradients, strict=True):
         assert torch.equal(actual.isnan(), truth.isnan())
+        error = (actual - truth).nan_to_num().norm()
+        assert error <= (2 * unit + 32 * U) * truth.nan_to_num().norm()  # M and o are rounded by a unit each
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -21,8 +21,8 @@ from .configs import INTERPRETER, Device, Key, Local, LocalGradient, choose, lau
 MOST_MATCHES = 64
 # Columns at a time where each has one value; in the interpreter, which has no registers to run out of, one block.
 _COLUMNS, _COLUMNS_INTERPRETED = 64, 512
-# Patches and columns of the gradient kernel of whole images, and where it is used: elsewhere it spills, or is no faster by the
-# model.  Fewer patches or columns do not pay for its matrices.
+# Patches and columns of the gradient kernel of whole images, and where it is used: on compute capability 8 and 12 it spills, or
+# is no faster by the model; on AMD GPUs a barrier may not order what a program writes to memory and reads again.  Fewer patches or columns do not pay for its matrices.
 _IMAGE_BLOCK = 64
 _IMAGE_ARCHITECTURES = ("sm90", "sm100", "interpreter")
 
