@@ -93,9 +93,28 @@ def to_storage(operand, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def operand_of(c, FORMAT: tl.constexpr):
-    """(what is stored and multiplied for c, the operand as float32): to_storage() and round_to_format() with one conversion."""
-    if FORMAT == "bf16":
+def widened(z, PTX: tl.constexpr):
+    """z as float32.  PTX: of two bfloat16, which share a register, the second needs no shift; compilers shift it twice."""
+    if PTX and tl.bfloat16 == z.dtype:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [z], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return z.to(tl.float32)
+
+
+@triton.jit
+def operand_of(c, FORMAT: tl.constexpr, PTX: tl.constexpr = False):
+    """(what is stored and multiplied for c, the operand as float32): to_storage() and round_to_format() with one conversion.
+
+    PTX: two elements are rounded to bfloat16 by one instruction, which compilers do not find.
+    """
+    if PTX and FORMAT == "bf16":
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=&r,=&r,=r,r,r", [c], (tl.bfloat16, tl.float32), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif FORMAT == "bf16":
         stored = c.to(tl.bfloat16)
         return stored, stored.to(tl.float32)
     elif FORMAT == "fp16":
@@ -134,14 +153,21 @@ def relu_propagating_nan(t):
 
 
 @triton.jit
+def with_eps(std, eps):
+    """sqrt(std^2 + eps)."""
+    if eps > 0:
+        std = tl.sqrt_rn(std * std + eps)
+    return std
+
+
+@triton.jit
 def hinge_and_slope(std, gamma, eps):
     """(relu(gamma - s), 1 / s where 0 < s < gamma, else 0) of each column; s = sqrt(std^2 + eps).
 
     The gradient of the hinge is c times the slope, which the forward pass stores: once a column, not once a program.  It is
     at most the largest float32, which 1 / s of a subnormal s exceeds.
     """
-    if eps > 0:
-        std = tl.sqrt_rn(std * std + eps)
+    std = with_eps(std, eps)
     active = (std < gamma) & (std > 0.0)
     slope = divide(1.0, tl.where(active, std, 1.0).to(tl.float32))
     slope = tl.where(active, tl.minimum(slope, 3.4028234663852886e38), 0.0)

@@ -16,7 +16,7 @@ there without a mask.
 Forward, for each kind of an image: 6 m D elements are read (the queries twice, for the invariance), 8 m D sums over rows
 written, and on the dual side 8 m^2 D operations done.  Backward: 4 m D elements are read for each kind and source of an
 image, and each element of both gradients is written once.  What a column has once, and not once a row, is computed in the
-forward pass, where each thread has columns of its own (_finish_columns), and is read by the backward pass.
+forward pass, where each thread has columns of its own (finish_columns), and is read by the backward pass.
 Letters and buffers: docs/notation.md; scales: vicreg_fast/scales.py.
 """
 
@@ -26,8 +26,6 @@ import triton.language as tl
 from .epilogue import reduce_losses
 from .numerics import (
     divide,
-    exponent_scale,
-    hinge_and_slope,
     operand_of,
     round_matrix,
     round_to_format,
@@ -37,7 +35,8 @@ from .numerics import (
     variance_factor,
 )
 from .scatter_rows import add_rows
-from .views import column_pointers, match_set_offset, matches_of, select_source
+from .vicregl_columns import add_row_squares, centred_columns, column_squares, finish_columns, load_columns
+from .views import match_set_offset, matches_of, select_source
 
 
 @triton.jit
@@ -45,30 +44,6 @@ def gram_set_offset(kind, direction, B, m1, m2):
     """Offset of a match set in the flat Gram matrices, which are laid out as the index is."""
     m1 = m1.to(tl.int64)
     return 2 * B * (kind * (m1 * m1 + m2.to(tl.int64) * m2) + direction * m1 * m1)
-
-
-@triton.jit
-def _load_columns(source, row_0, rows, d, D, EVEN: tl.constexpr):
-    """(z, z_0): columns d of the matched rows and of the first of them, float32.  EVEN: all d are below D."""
-    columns = column_pointers(source, d)
-    if EVEN:
-        z = tl.load(columns[None, :] + rows[:, None])
-        z_0 = tl.load(columns + row_0)
-    else:
-        z = tl.load(columns[None, :] + rows[:, None], mask=(d < D)[None, :], other=0.0)
-        z_0 = tl.load(columns + row_0, mask=d < D, other=0.0)
-    return z.to(tl.float32), z_0.to(tl.float32)
-
-
-@triton.jit
-def _centred(z, z_0, weight, inverse_m):
-    """(c, lo); ``weight``: of each row, 1 below m, else 0.
-
-    The first row is subtracted first, so that a constant column is zero, exactly.
-    """
-    e = z - z_0[None, :]
-    lo = tl.sum(e, 0) * inverse_m
-    return tl.fma(-weight[:, None], lo[None, :], e), lo
 
 
 @triton.jit
@@ -86,8 +61,8 @@ def _off_diagonal(
     EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns f of the operand, as they are multiplied, and C0 in rows f and columns d; ``o``: columns d of the operand."""
-    z, z_0 = _load_columns(source, row_0, rows, f, D, EVEN)
-    c, _ = _centred(z, z_0, weight, divide(1.0, m))
+    z, z_0 = load_columns(source, row_0, rows, f, D, EVEN)
+    c, _ = centred_columns(z, z_0, weight, divide(1.0, m))
     o_f, _ = operand_of(c, FORMAT)
     C = tl.dot(tl.trans(o_f), to_storage(o, FORMAT).to(OPERAND_TYPE), input_precision=DOT_PRECISION)
     C = undo_halves(C, FORMAT) * divide(1.0, m - 1)
@@ -95,46 +70,20 @@ def _off_diagonal(
 
 
 @triton.jit
-def _squares_of(c, FORMAT: tl.constexpr):
-    """Sums over rows of c^2, float64.  Scaled before squaring where a square may leave float32's range."""
-    if FORMAT == "fp32":
-        wide = c.to(tl.float64)
-        return tl.sum(wide * wide, 0)
-    scale, inverse = exponent_scale(tl.max(tl.abs(c), 0))
-    c *= inverse[None, :]
-    wide_scale = scale.to(tl.float64)
-    return tl.sum(c * c, 0).to(tl.float64) * (wide_scale * wide_scale)
-
-
-@triton.jit
-def _root(a):
-    """sqrt(a) of a float64, as float32.  Scaled by a power of two, because a may leave float32's range."""
-    large = a > 1.0e30
-    small = a < 1.0e-30
-    scale = tl.where(large, 1.0 / (1 << 70), tl.where(small, 1.0 * (1 << 100), 1.0))
-    inverse = tl.where(large, 1.0 * (1 << 70), tl.where(small, 1.0 / (1 << 100), 1.0))
-    wide = scale.to(tl.float64)
-    return tl.sqrt_rn((a * wide * wide).to(tl.float32)) * inverse
-
-
-@triton.jit
-def _finish_columns(
-    squares_ptr, columns_ptr, m, D, gamma, eps, BLOCK_D: tl.constexpr
+def _off_diagonal_norms(
+    source, rows, row_0, o, d, weight, m, D, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the hinge over columns; its slopes are stored in the third row of ``columns``.
-
-    squares_ptr: sums over rows of c^2, which this program has stored.
-    """
-    tl.debug_barrier()
-    hinge = tl.zeros((BLOCK_D,), tl.float64)
-    inverse = 1.0 / (m.to(tl.float64) - 1)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        std = _root(tl.load(squares_ptr + d, mask=d < D, other=0.0) * inverse)
-        of_columns, slope = hinge_and_slope(std, gamma, eps)
-        hinge += tl.where(d < D, of_columns, 0.0).to(tl.float64)
-        tl.store(columns_ptr + 2 * D + d, slope, mask=d < D)
-    return tl.sum(hinge)
+    """Sums of C0^2 over all rows, of columns d, float64."""
+    norms = tl.zeros((d.shape[0],), tl.float64)
+    for first in range(0, D, BLOCK_F):
+        f = first + tl.arange(0, BLOCK_F)
+        _, C = _off_diagonal(
+            source, rows, row_0, f, o, d, weight, m, D, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION
+        )
+        wide = C.to(tl.float64)
+        norms += tl.sum(wide * wide, 0)
+    return norms
 
 
 @triton.jit
@@ -167,7 +116,8 @@ def _vicregl_forward_kernel(
     views, gram_ptr, columns_ptr, squares_ptr, partials_ptr, arrival_counter_ptr, location, feature, total_ptr, scales,
     B, D, m1, m2, gamma, eps,
     DUAL: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, COLUMN_ROWS: tl.constexpr,
-    DOT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
+    DOT_PRECISION: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program: one view of one match set of one image.  The candidates' program computes the invariance too.
 
@@ -185,61 +135,60 @@ def _vicregl_forward_kernel(
     query_source = select_source(views, 2 * direction)
     n = tl.arange(0, BLOCK_N)
     weight = (n < m).to(tl.float32)
-    largest = tl.where(n < m, float("inf"), 0.0)
-    inverse_m = divide(1.0, m)
-    inverse_degrees = divide(1.0, m - 1)
     rows, row_0 = _matched_rows(index_ptr, b, side, n, B, m, source)
     query_rows, query_row_0 = _matched_rows(index_ptr, b, 0, n, B, m, query_source)
     columns_ptr += program.to(tl.int64) * COLUMN_ROWS * D
     squares_ptr += program.to(tl.int64) * D
     # With float32 sums the rounding of one strong feature would show in what the float32-accurate dual side subtracts.
-    WIDE: tl.constexpr = tl.float64 if FORMAT == "fp32" else tl.float32
-    differences = tl.zeros((BLOCK_D,), tl.float32)
+    ACCURATE: tl.constexpr = FORMAT == "fp32"
+    WIDE: tl.constexpr = tl.float64 if ACCURATE else tl.float32
+    # Columns that are neighbours in memory, which one thread reads, are added at once.
+    PARTS: tl.constexpr = 16 * 8 // views.x_ptr.dtype.element_ty.primitive_bitwidth
+    differences = tl.zeros((BLOCK_N, BLOCK_D // PARTS), tl.float32)
     norm = tl.zeros((BLOCK_D,), tl.float64)
     gram = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    row_sq_norms = tl.zeros((BLOCK_N,), WIDE)
+    row_sq_norms = tl.zeros((BLOCK_N, BLOCK_D // PARTS), WIDE)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        inside = d < D
-        z, z_0 = _load_columns(source, row_0, rows, d, D, EVEN)
+        z, z_0 = load_columns(source, row_0, rows, d, D, EVEN, PTX)
         if side == 1:
-            q, _ = _load_columns(query_source, query_row_0, query_rows, d, D, EVEN)
-            # Zero in the rows from m on, even if row 0 is infinite; NaN stays.
-            difference = tl.minimum(tl.abs(q - z), largest[:, None], propagate_nan=tl.PropagateNan.ALL)
-            differences += tl.sum(difference * difference, 0)
-        c, lo = _centred(z, z_0, weight, inverse_m)
-        stored, o = operand_of(c, FORMAT)
-        squares = _squares_of(c, FORMAT)
+            q, _ = load_columns(query_source, query_row_0, query_rows, d, D, EVEN, PTX)
+            differences = add_row_squares(differences, q - z)
+        c, lo = centred_columns(z, z_0, weight, divide(1.0, m))
+        stored, o = operand_of(c, FORMAT, PTX)
+        inside = d < D
         tl.store(columns_ptr + d, lo, mask=inside)
         if COLUMN_ROWS == 4:
             tl.store(columns_ptr + 3 * D + d, z_0, mask=inside)
-        tl.store(squares_ptr + d, squares, mask=inside)
-        if DUAL:
+        if DUAL and ACCURATE:
+            # Float64 squares beside the matmul's operands would take too many registers.
             gram = _add_to_gram(gram, stored, DOT_PRECISION)
-            wide = o.to(WIDE)
-            row_sq_norms += tl.sum(wide * wide, 1)
-            # (m - 1) vhat; the float32 operand is c
-            operand_v = squares if FORMAT == "fp32" else tl.sum(o * o, 0).to(tl.float64)
-            tl.store(columns_ptr + D + d, operand_v.to(tl.float32) * inverse_degrees, mask=inside)
-            norm -= operand_v * operand_v
+        tl.store(squares_ptr + d, column_squares(c.to(WIDE)), mask=inside)
+        if DUAL:
+            row_sq_norms = add_row_squares(row_sq_norms, o.to(WIDE))
+            if not ACCURATE:
+                tl.store(columns_ptr + D + d, column_squares(o), mask=inside)
+                gram = _add_to_gram(gram, stored, DOT_PRECISION)
         else:
-            for first in range(0, D, BLOCK_F):
-                f = first + tl.arange(0, BLOCK_F)
-                _, C = _off_diagonal(
-                    source, rows, row_0, f, o, d, weight, m, D, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION
-                )
-                wide_C = C.to(tl.float64)
-                norm += tl.sum(wide_C * wide_C, 0)
-    hinge = _finish_columns(squares_ptr, columns_ptr, m, D, gamma, eps, BLOCK_S)
-    cov = tl.sum(norm)
+            norm += _off_diagonal_norms(
+                source, rows, row_0, o, d, weight, m, D, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, BLOCK_F
+            )
+    at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
+    # Zero in the rows from m on, even if row 0 is infinite.
+    differences = tl.where(n < m, tl.sum(differences, 1), 0.0).to(tl.float64)
+    tl.store(at, tl.sum(differences) / m)
     if DUAL:
         G_ptr = gram_ptr
         if gram_ptr is not None:
             G_ptr = gram_ptr + gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
-        degrees = m.to(tl.float64) - 1
-        cov = (cov + _finish_gram(gram, row_sq_norms, n, m, G_ptr, FORMAT, DOT_PRECISION)) / (degrees * degrees)
-    at = partials_ptr + (kind * 4 * B + program // 8 * 4 + direction * 2 + side) * 3
-    tl.store(at, tl.sum(differences.to(tl.float64)) / m)
+        cov = _finish_gram(gram, tl.sum(row_sq_norms, 1), n, m, G_ptr, FORMAT, DOT_PRECISION)
+    else:
+        cov = tl.sum(norm)
+    hinge, norm_v = finish_columns(
+        source, rows, row_0, weight, squares_ptr, columns_ptr, m, D, gamma, eps, DUAL, FORMAT, BLOCK_S
+    )
+    if DUAL:
+        cov = (cov - norm_v) / ((m.to(tl.float64) - 1) * (m - 1))
     tl.store(at + 1, hinge)
     tl.store(at + 2, cov)
     reduce_losses(partials_ptr, 4 * B, arrival_counter_ptr, location, feature, total_ptr, scales)
@@ -261,7 +210,7 @@ def _match_set_gradient(
     side = direction ^ of_y  # 0: this source's rows are the queries
     source = select_source(views, 2 * direction + side)
     rows, row_0 = _matched_rows(index_ptr, b, side, n, B, m, source)
-    z, z_0 = _load_columns(source, row_0, rows, d, D, EVEN)
+    z, z_0 = load_columns(source, row_0, rows, d, D, EVEN)
     columns_ptr += side * COLUMN_ROWS * D
     inverse_degrees = divide(1.0, m - 1)
     lo = tl.load(columns_ptr + d, mask=d < D, other=0.0)
@@ -271,7 +220,7 @@ def _match_set_gradient(
     if upstream.inv_ptr is not None:
         other_source = select_source(views, 2 * direction + (1 - side))
         other_rows, other_row_0 = _matched_rows(index_ptr, b, 1 - side, n, B, m, other_source)
-        other, _ = _load_columns(other_source, other_row_0, other_rows, d, D, EVEN)
+        other, _ = load_columns(other_source, other_row_0, other_rows, d, D, EVEN)
         g = (z - other) * divide(tl.load(upstream.inv_ptr).to(tl.float32) * scales.inv, m)
     if upstream.var_ptr is not None:
         u = tl.load(upstream.var_ptr).to(tl.float32) * scales.var * inverse_degrees

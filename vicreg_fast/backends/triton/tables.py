@@ -107,7 +107,12 @@ def _kinds(fp32: Kind, tf32: Kind, half: Kind, pair: Kind) -> dict[str, Kind]:
 
 
 def _table(
-    stages: int, kinds: dict[str, Kind], block_d: int = 64, local_half: int = 64, wide_block_k: int = 64
+    stages: int,
+    kinds: dict[str, Kind],
+    block_d: int = 64,
+    local_fp32: int = 16,
+    local_half: int = 64,
+    wide_block_k: int = 64,
 ) -> Table:
     """``kinds``: "fp32", "tf32", "half" and "pair"."""
     primal_kinds = {name: kind for name, kind in kinds.items() if name != "pair"}
@@ -129,10 +134,10 @@ def _table(
         },
         matching=_matching(stages, kinds["fp32"], kinds["half"]),
         # One warp: sums over rows are of its own registers, and what is computed once a column is not repeated by other warps.
-        # The float64 squares of float32-accurate operands take more registers.
+        # 32 columns of float32 spilled on compute capability 9.0.
         local={
             name: (Row(32, ANY, Local(block_d, 1)), Row(ANY, ANY, Local(16, 4)))
-            for name, block_d in (("fp32", 16), ("tf32", 32), ("half", local_half))
+            for name, block_d in (("fp32", local_fp32), ("tf32", 32), ("half", local_half))
         },
         local_gradient=_local_gradient(kinds["fp32"].warps),
     )
@@ -187,7 +192,7 @@ def _without_warp_groups(stages: int, *kinds: Kind) -> Table:
 
     Two accumulators of 128 x 128 spill; of chained matmuls each warp takes 16 rows, so eight would do 64 rows twice.
     """
-    table = _aligned(_table(stages, _kinds(*kinds), local_half=32))
+    table = _aligned(_table(stages, _kinds(*kinds), local_fp32=32))
     pair = (Row(ANY, ANY, Gradient(128, 64, 32, 8, stages)),)
     # Of 16-bit operands a second CTA would need four registers less.
     half = tuple(row._replace(config=row.config._replace(ctas_per_sm=1)) for row in table.second_moment["half"])
@@ -212,7 +217,6 @@ def _unaligned(stages: int, local_warps: int = 4) -> Table:
 
 
 ARCHITECTURES = {
-    # 64 columns of 16 bits spilled on compute capability 8 and 10.
     "sm80": Tables(
         _without_warp_groups(3, Kind(64, 16, 8), Kind(128, 32), Kind(128, 64), Kind(128, 32)),
         _unaligned(3, local_warps=8),
