@@ -17,7 +17,6 @@ from .numerics import operand_of, tril_tile, undo_halves
 from .views import (
     block_of_rows,
     column_pointers,
-    load_rows,
     load_tile,
     row_offsets,
     select_source,
@@ -26,25 +25,28 @@ from .views import (
 
 
 @triton.jit
-def _provisional_centre(views, source, columns, v, p, start, end, inside, P, N, ROWS: tl.constexpr):
-    """About the mean of the columns' first rows; of fewer than ROWS it lies nearer the first.
+def _rows(source, columns, index_ptr, v, p, n, P, N):
+    """Pointers to rows n of the columns, (rows, columns)."""
+    return columns[None, :] + row_offsets(source, index_ptr, v, p, n, P, N)[:, None]
+
+
+@triton.jit
+def _provisional_centre(
+    views, source, columns, v, p, start, end, inside, P, N, FULL: tl.constexpr, ROWS: tl.constexpr
+):
+    """About the mean of the columns' first rows; of fewer than ROWS it lies nearer the first.  FULL: there are as many.
 
     The first row is subtracted before: a constant column gives its value, whatever the rounding.
     """
     index_ptr = views.index_ptr
     first = columns + row_offsets(source, index_ptr, v, p, start, P, N)
-    first = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(first) if FULL else tl.load(first, mask=inside, other=0.0)
+    first = first.to(tl.float32)
     n = start + tl.arange(0, ROWS)
     mask = (n < end)[:, None] & inside[None, :]
-    z = load_rows(columns, row_offsets(source, index_ptr, v, p, n, P, N), mask)
-    e = tl.where(mask, z - first[None, :], 0.0)
+    z = load_tile(_rows(source, columns, index_ptr, v, p, n, P, N), mask, FULL).to(tl.float32)
+    e = zero_outside(z - first[None, :], mask, FULL)
     return first + tl.sum(e, 0) * (1.0 / ROWS)
-
-
-@triton.jit
-def _rows(source, columns, index_ptr, v, p, n, P, N):
-    """Pointers to rows n of the columns, (rows, columns)."""
-    return columns[None, :] + row_offsets(source, index_ptr, v, p, n, P, N)[:, None]
 
 
 @triton.jit
@@ -119,8 +121,10 @@ def _second_moment_forward_kernel(
     i, j = tril_tile(program % tiles)
     k = (program // tiles) % splits
     problem = program // tiles // splits
-    v = problem // P
-    p = problem % P
+    v = tl.full((), 0, tl.int32)  # problem // P, without a division: there are four views at most
+    for _ in tl.static_range(1, VIEWS):
+        v += (problem >= (v + 1) * P).to(tl.int32)
+    p = problem - v * P
     source = select_source(views, v)
     m = tl.arange(0, BLOCK_M)
     d_i = i * BLOCK_M + m
@@ -131,8 +135,9 @@ def _second_moment_forward_kernel(
     end = tl.minimum(start + split_length, N)
     # As many that a thread has 16 bytes: otherwise the compiler shares out the rows of the loop below in smaller pieces too.
     ROWS: tl.constexpr = 16 if BLOCK_K > 32 else 32
-    s_i = _provisional_centre(views, source, columns_i, v, p, start, end, d_i < D, P, N, ROWS)
-    s_j = _provisional_centre(views, source, columns_j, v, p, start, end, d_j < D, P, N, ROWS)
+    FULL: tl.constexpr = EVEN and BLOCK_K >= ROWS
+    s_i = _provisional_centre(views, source, columns_i, v, p, start, end, d_i < D, P, N, FULL, ROWS)
+    s_j = _provisional_centre(views, source, columns_j, v, p, start, end, d_j < D, P, N, FULL, ROWS)
     # Of the views' type, so that _centred_operand() and _chunk_sums() subtract the same.
     s_i = s_i.to(columns_i.dtype.element_ty).to(tl.float32)
     s_j = s_j.to(columns_j.dtype.element_ty).to(tl.float32)
@@ -217,13 +222,13 @@ def _narrow_second_moment_forward_kernel(
     second_columns = column_pointers(second, d)
     start = k * split_length
     end = tl.minimum(start + split_length, N)
-    first_s = _provisional_centre(views, first, first_columns, v, p, start, end, d < D, P, N, BLOCK_K)
+    first_s = _provisional_centre(views, first, first_columns, v, p, start, end, d < D, P, N, EVEN, BLOCK_K)
     first_acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     first_t = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     first_q = tl.zeros((BLOCK_M,), tl.float64) if FP64_SQUARES else tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if VIEWS > 1:
         second_s = _provisional_centre(
-            views, second, second_columns, v + 1, p, start, end, d < D, P, N, BLOCK_K
+            views, second, second_columns, v + 1, p, start, end, d < D, P, N, EVEN, BLOCK_K
         )
         second_acc = tl.zeros_like(first_acc)
         second_t = tl.zeros_like(first_t)

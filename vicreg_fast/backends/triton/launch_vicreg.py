@@ -239,6 +239,7 @@ def _reduce_splits(
         block_c, block_r, warps = _covariance_blocks(group, product, shared["splits"], device)
     vicreg_splitk._splitk_reduction_kernel[(shared["tile_partials"] - shared["full_tiles"],)](
         **shared, chunk_sums_ptr=chunk_sums, moments_ptr=moments, gamma=plan.gamma, eps=plan.eps,
+        EVEN=not (group.dual or group.D % product.block_m or shared["splits"] % block_c),
         BLOCK_R=block_r, BLOCK_C=block_c, **launch_options(device, warps),
     )  # fmt: skip
 
