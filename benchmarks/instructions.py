@@ -9,7 +9,7 @@ import ast
 import functools
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_operand_matmul": [_gram_steps],
     "_extreme_scales": [lambda a: math.ceil(_gram_steps(a) * a["BLOCK_K"] / 1024)],
     "gram_scale": [lambda a: math.ceil(a["column_blocks"] / 512)],
-    "_column_mean": [_steps("splits", "BLOCK_C")],
+    "_means": [_steps("splits", "BLOCK_C")],
     "_moments_of_rows": [lambda a: math.ceil(a["splits"] / a["BLOCK_C"]) / _tile_rows(a)],
     "_covariance": [_steps("splits", "BLOCK_C")] * 3,
     "_mean_product": [lambda a: math.ceil(a["D"] / 512)],
@@ -80,14 +80,17 @@ LOOPS: dict[str, list[Callable[[Arguments], float]]] = {
     "_narrow_second_moment_forward_kernel": [_steps("split_length", "BLOCK_K")],
     "_covariance_matmul": [_steps("N", "BLOCK_K"), _steps("D", "BLOCK_K")],
     "_narrow_gradient_kernel": [_steps("chunk_length", "BLOCK_N")],
-    "_finish_columns": [_steps("D", "BLOCK_S")],
-    "_vicregl_forward_kernel": [_steps("D", "BLOCK_D"), _steps("D", "BLOCK_F")],
+    "finish_columns": [_steps("D", "BLOCK_S")],
+    "_off_diagonal_norms": [_steps("D", "BLOCK_F")],
+    "_vicregl_forward_kernel": [_steps("D", "BLOCK_D")],
     "_match_set_gradient": [_steps("D", "BLOCK_F")],
     "match_sets_gradient": [lambda a: 2.0],  # directions
-    "_matrices": [lambda a: 2.0],  # directions
-    "_add_columns_terms": [lambda a: 4.0],  # match sets
-    "_finite_image_gradient": [_steps("D", "BLOCK_D")],
-    "_vicregl_image_gradient_kernel": [lambda a: 0.0],  # of an image that is not finite
+    "own_matrix": [lambda a: 2.0],  # directions
+    "kind_pairs": [lambda a: 2.0],
+    "_exact_columns_terms": [lambda a: 4.0],  # match sets
+    "_finite_image_gradient": [_steps("D", "BLOCK_D"), lambda a: 2.0],
+    "_store_zeros": [lambda a: math.ceil(a["L1"] / 32), lambda a: math.ceil(a["D"] / a["BLOCK_D"] / 4)],
+    "_vicregl_image_gradient_kernel": [lambda a: 0.0] * 2,  # of an image that is not finite
     "_scatter_backward_kernel": [lambda a: a["VIEWS"], _steps("m", "BLOCK_K")],
     "_norms_of": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
     "_feature_tile": [lambda a: _kinds(a) * math.ceil(a["C"] / a["BLOCK_K"])],
@@ -117,7 +120,9 @@ BRANCHES: dict[tuple[str, str], Callable[[Arguments], float]] = {
     # Columns of embeddings have one scale, and their first rows are not far from the mean.
     ("_tile_of_operand", "least == most"): lambda a: 1.0,
     ("_column_moments", "tl.max(tl.where(in_range & (8.0 * v >= squares), 0, 1), 0) > 0"): lambda a: 0.0,
+    ("finish_columns", "tl.max(tl.where(in_range | (d >= D), 0, 1), 0) > 0"): lambda a: 0.0,
     ("_covariance", "j <= i"): lambda a: (_tile_rows(a) + 1) / (2 * _tile_rows(a)),
+    ("_covariance", "i == j"): lambda a: 1 / _tile_rows(a),
     ("_reduce_covariance", "j == 0"): lambda a: 1 / _tile_rows(a),
     ("_second_moment_forward_kernel", "i == j"): _on_diagonal,
     ("_store_both", "off_diagonal"): lambda a: 1 - _on_diagonal(a),
@@ -142,11 +147,22 @@ def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield file.name, function
 
 
+def _lines(node: ast.AST) -> set[int]:
+    return {n.lineno for n in ast.walk(node) if hasattr(n, "lineno")}
+
+
+def _called(node: ast.AST) -> list[str]:
+    """The names of the functions that are called in a node, once for each call."""
+    return [n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+
+
 @functools.cache
 def source_branches() -> dict[str, list[Branch]]:
     """The branches of BRANCHES that every line of ``kernels/`` stands in."""
     found: defaultdict[str, list[Branch]] = defaultdict(list)
     known = set()
+    calls = Counter(name for _, function in _functions() for name in _called(function))
+    of_function = {function.name: (file, function) for file, function in _functions()}
     for file, function in _functions():
         for node in ast.walk(function):
             if not isinstance(node, ast.If):
@@ -156,9 +172,12 @@ def source_branches() -> dict[str, list[Branch]]:
                 continue
             known.add(key)
             for body, holds in ((node.body, True), (node.orelse, False)):
-                lines = {n.lineno for statement in body for n in ast.walk(statement) if hasattr(n, "lineno")}
+                lines = {f"{file}:{line}" for statement in body for line in _lines(statement)}
+                for name in {name for statement in body for name in _called(statement)}:
+                    if calls[name] == 1 and name in of_function:  # a function of this branch alone
+                        lines |= {f"{of_function[name][0]}:{line}" for line in _lines(of_function[name][1])}
                 for line in lines:
-                    found[f"{file}:{line}"].append((key, holds))
+                    found[line].append((key, holds))
     if missing := BRANCHES.keys() - known:
         raise LookupError(f"kernels have no branch {sorted(missing)[0]}")
     return found

@@ -1,24 +1,37 @@
-"""The gradient of VICRegL's per-image statistics on the dual side, for maps of up to 64 patches: matmuls of patches, not of matches.
+"""The gradient of VICRegL's per-image statistics on the dual side by matmuls of patches, not of matches.
 
     g = sum over match sets s of   n_s w_s (x - mean_s)                  w_s = f_var,s slope_s - f_cov,s vhat_s
       + sum over kinds k of        f_inv,k (n_k x - pairs_k y)
       + own (x - centre)           own = sum over s of f_cov,s P_s' G_s P_s
 
-P_s: zeros and ones, which patch match k of set s is; n_s: how many matches a patch has in it; pairs_k: how often patches of
-x and y are matched with each other.  In vicregl.py's formula each match has a row of its own; here those of all match sets
-are added up before they are multiplied: 3 L^2 D multiplications an image and source instead of 4 (m^2 + m L) D, one row a patch
-instead of four a match, and no scatter.  Rows of G add up to zero, so that own's centre is arbitrary: the first set's mean.
+P_s: zeros and ones, which patch match k of set s is; n_s: how many matches a patch has in it; pairs_k: how often patches of x and
+y are matched with each other.  L: the patches, all of a small image or those that have a match.  In vicregl.py's formula each
+match has a row of its own; here those of all match sets are added up before they are multiplied: 3 L^2 D multiplications an
+image and source, one row a patch instead of four a match, and no scatter.
 
-The matmuls take bfloat16: of float32 as three parts of 8 bits each.  pairs and P are small integers, exact in bfloat16.
+Rows of G add up to zero, so that own's centre is arbitrary: the first set's mean.  With the same centre the first sum of a 16-bit
+gradient is x' a - b, x' = x - centre, a = sum of n_s w_s and b = sum of n_s w_s (mean_s - centre), of one matmul each.
 Letters and buffers: docs/notation.md.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import divide, round_to_format
+from .numerics import divide, operand_of, round_to_format, widened
+from .patch_matrices import (
+    dot,
+    kind_pairs,
+    matmul_parts,
+    matmul_selected,
+    own_matrix,
+    patches,
+    store_list,
+    store_parts,
+    store_read_patches,
+    top_half,
+)
 from .vicregl import gram_set_offset, match_sets_gradient
-from .views import column_pointers, match_set_offset, matches_of, select_source
+from .views import column_pointers, select_source
 
 
 @triton.jit
@@ -45,118 +58,35 @@ def _is_finite(gram_ptr, upstream_sum, b, B, m1, m2, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _top_half(a, TYPE: tl.constexpr):
-    """(the upper 16 bits of a float32, which are a bfloat16, what is left): exact.  TYPE float32: for the interpreter."""
-    bits = a.to(tl.uint32, bitcast=True)
-    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    if tl.float32 == TYPE:
-        return high, a - high
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), a - high
+def _store_zeros(g_ptr, patch, L, D, BLOCK_D: tl.constexpr):
+    """Zeros in the gradient of an image's patches that are not in the list ``patch``."""
+    for first in range(0, L, 32):
+        row = first + tl.arange(0, 32)
+        listed = tl.sum((patch[:, None] == row[None, :]).to(tl.int32), 0) > 0
+        free = (row < L) & ~listed
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            zeros = tl.zeros((32, BLOCK_D), g_ptr.dtype.element_ty)
+            tl.store(g_ptr + (row[:, None] * D + d[None, :]), zeros, mask=free[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a b; float32 only in the interpreter."""
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _matmul_selected(ones, b, acc, PARTS: tl.constexpr):
-    """acc + ones b; exact for a b of as many parts of 8 bits."""
-    for _ in tl.static_range(PARTS):
-        part, b = _top_half(b, ones.dtype)
-        acc = _dot(ones, part, acc)
-    return acc
-
-
-@triton.jit
-def _matmul_integers(a, integers, acc, PARTS: tl.constexpr):
-    """acc + a integers; exact products for an ``a`` of as many parts of 8 bits, and integers up to 256."""
-    for _ in tl.static_range(PARTS):
-        part, a = _top_half(a, integers.dtype)
-        acc = _dot(part, integers, acc)
-    return acc
-
-
-@triton.jit
-def _matmul(a, b, acc, TYPE: tl.constexpr, PARTS: tl.constexpr):
-    """acc + a b of float32 numbers: as bfloat16 (PARTS 1), exact for TF32 numbers (2), accurate to float32 (3)."""
-    if PARTS == 1:
-        return _dot(a.to(TYPE), b.to(TYPE), acc)
-    a_high, a = _top_half(a, TYPE)
-    a_middle, a = _top_half(a, TYPE)
-    a_low, _ = _top_half(a, TYPE)
-    b_high, b = _top_half(b, TYPE)
-    b_middle, b = _top_half(b, TYPE)
-    b_low, _ = _top_half(b, TYPE)
-    if PARTS > 2:
-        acc = _dot(a_low, b_high, acc)
-        acc = _dot(a_high, b_low, acc)
-    acc = _dot(a_middle, b_middle, acc)
-    acc = _dot(a_middle, b_high, acc)
-    acc = _dot(a_high, b_middle, acc)
-    return _dot(a_high, b_high, acc)
-
-
-@triton.jit
-def _matrices(
-    views, gram_ptr, counts_ptr, cov, of_y, b, B, m1, m2, patch,
-    TYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(own, (-pairs) of both kinds, whether each patch of this source and of the other has a match).
-
-    counts_ptr: the matches of each patch are stored there, of the four match sets and of both kinds.
-    """
-    n = tl.arange(0, BLOCK_N)
-    own = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    matches = tl.zeros((BLOCK_R,), tl.float32)
-    other_matches = tl.zeros((BLOCK_R,), tl.float32)
-    pairs = (own.to(TYPE), own.to(TYPE))
-    for kind in tl.static_range(2):
-        kind_pairs = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-        kind_count = tl.zeros((BLOCK_R,), tl.float32)
-        for direction in range(2):
-            m = matches_of(direction, m1, m2)
-            side = direction ^ of_y
-            index_ptr = views.index_ptr + match_set_offset(kind, direction, B, m1, m2) + b * m
-            own_index = tl.load(index_ptr + side * B * m + n, mask=n < m, other=-1).to(tl.int32)
-            other_index = tl.load(index_ptr + (1 - side) * B * m + n, mask=n < m, other=-1).to(tl.int32)
-            G_ptr = gram_ptr + gram_set_offset(kind, direction, B, m1, m2) + (side * B + b) * m * m
-            inside = (n < m)[:, None] & (n < m)[None, :]
-            G = tl.load(G_ptr + n[:, None] * m + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            f_cov = divide(cov[kind], m - 1)
-            chosen = (own_index[:, None] == patch[None, :]).to(TYPE)
-            other_chosen = (other_index[:, None] == patch[None, :]).to(TYPE)
-            rows = _matmul_integers(G, chosen, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PARTS) * f_cov
-            own = _matmul_selected(tl.trans(chosen), rows, own, PARTS)
-            kind_pairs = _dot(tl.trans(other_chosen), chosen, kind_pairs)
-            count = tl.sum(chosen.to(tl.float32), 0)
-            tl.store(counts_ptr + (2 * kind + direction) * BLOCK_R + patch, count)
-            kind_count += count
-        tl.store(counts_ptr + (4 + kind) * BLOCK_R + patch, kind_count)
-        matches += kind_count
-        other_matches += tl.sum(kind_pairs, 1)
-        pairs = ((-kind_pairs).to(TYPE), pairs[1]) if kind == 0 else (pairs[0], (-kind_pairs).to(TYPE))
-    return own, pairs, matches > 0, other_matches > 0
-
-
-@triton.jit
-def _matmul_pairs(y, pairs, acc, TYPE: tl.constexpr):
-    """acc + y pairs, as the numbers are."""
+def _matmul_pairs(pairs, y, acc):
+    """acc + pairs y, as the numbers are."""
     if y.dtype == tl.float32:
-        return _matmul_integers(y, pairs, acc, 3)
+        return matmul_selected(pairs, y, acc, 3)
     else:
-        return _dot(y, pairs.to(y.dtype), acc)
+        return dot(pairs.to(y.dtype), y, acc)
 
 
 @triton.jit
 def _load_patches(source, row_ptr, b, d, D, EVEN: tl.constexpr):
-    """A tile (columns, patches) of an image; row_ptr: the patches, which are indices."""
+    """A tile (patches, columns) of an image; row_ptr: the patches, which are indices."""
     columns = column_pointers(source, d) + b * source.stride_p
-    rows = tl.load(row_ptr).to(tl.int32, bitcast=True) * source.stride_i
+    rows = tl.load(row_ptr) * source.stride_i
     if EVEN:
-        return tl.load(columns[:, None] + rows[None, :])
-    return tl.load(columns[:, None] + rows[None, :], mask=(d < D)[:, None], other=0.0)
+        return tl.load(columns[None, :] + rows[:, None])
+    return tl.load(columns[None, :] + rows[:, None], mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -168,91 +98,158 @@ def _load_column(ptr, d, D, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _add_columns_terms(
-    out, x, of_image, own_rows, var, cov, inverse_degrees, of_y, d, D, EVEN: tl.constexpr, BLOCK_L: tl.constexpr
+def _load_columns_of_sets(pointers, d, D, EVEN: tl.constexpr):
+    """Numbers of columns d (rows of the tile) in each match set."""
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _part(a, part, TYPE: tl.constexpr):
+    """One of the three bfloat16 that add up to a float32, by number; 0 for the fourth."""
+    high, a = top_half(a, TYPE)
+    middle, low = top_half(a, TYPE)
+    a = tl.where(part == 0, high, middle.to(TYPE))
+    return tl.where(part < 2, a, tl.where(part == 2, low, 0.0).to(TYPE))
+
+
+@triton.jit
+def _columns_terms(of_image, f_var, f_cov, of_y, d, D, TYPE: tl.constexpr, EVEN: tl.constexpr):
+    """(w_s, -w_s (mean_s - centre), centre) of columns d; centre: the mean of the first set, which cancels.
+
+    The first two (columns, 16), for a matmul: column k has part k // 4 of match set k % 4.
+    """
+    k = tl.arange(0, 16)
+    s = k % 4
+    first_set = of_image + of_y * 4 * D
+    centre = _load_column(first_set + 3 * D, d, D, EVEN) + _load_column(first_set, d, D, EVEN)
+    of_set = (s * 2 + ((s % 2) ^ of_y)) * 4 * D
+    at = of_set[:, None] + d[None, :]
+    set_lo = _load_columns_of_sets(of_image + at, d, D, EVEN)
+    operand_v = _load_columns_of_sets(of_image + (at + D), d, D, EVEN)
+    slope = _load_columns_of_sets(of_image + (at + 2 * D), d, D, EVEN)
+    set_z_0 = _load_columns_of_sets(of_image + (at + 3 * D), d, D, EVEN)
+    f_v = tl.where(s > 1, f_var[1], f_var[0])
+    f_c = tl.where(s > 1, f_cov[1], f_cov[0])
+    w = tl.fma(operand_v, -f_c[:, None], slope * f_v[:, None])
+    mean = (set_z_0 - centre[None, :]) + set_lo
+    part = (k // 4)[:, None]
+    return _part(w, part, TYPE), _part(-w * mean, part, TYPE), centre
+
+
+@triton.jit
+def _exact_columns_terms(
+    x, of_image, own_numbers, f_var, f_cov, of_y, d, D, EVEN: tl.constexpr, BLOCK_L: tl.constexpr
 ):
-    """(out + sum over match sets of n_s w_s (x - mean_s), the mean of the first set).
+    """Sum over match sets of n_s w_s (x - mean_s), each set's rows centred by themselves.
 
     A loop, not unrolled: all sets' pointers to columns would not fit the registers.
     """
-    first_set = of_image + of_y * 4 * D
-    centre = _load_column(first_set + 3 * D, d, D, EVEN) + _load_column(first_set, d, D, EVEN)
+    out = tl.zeros(x.shape, tl.float32)
     for s in range(4):
         of_set = of_image + (s * 2 + ((s % 2) ^ of_y)) * 4 * D
         lo = _load_column(of_set, d, D, EVEN)
         operand_v = _load_column(of_set + D, d, D, EVEN)
         slope = _load_column(of_set + 2 * D, d, D, EVEN)
         z_0 = _load_column(of_set + 3 * D, d, D, EVEN)
-        f_v = tl.where(s > 1, var[1], var[0]) * inverse_degrees
-        f_c = tl.where(s > 1, cov[1], cov[0]) * inverse_degrees
-        w = tl.fma(operand_v, -f_c, slope * f_v)
-        c = tl.fma(x - z_0[:, None], w[:, None], -(w * lo)[:, None])
-        out = tl.fma(c, tl.load(own_rows + s * BLOCK_L)[None, :], out)
-    return out, centre
+        w = tl.fma(operand_v, -tl.where(s > 1, f_cov[1], f_cov[0]), slope * tl.where(s > 1, f_var[1], f_var[0]))
+        c = tl.fma(x - z_0[None, :], w[None, :], -(w * lo)[None, :])
+        out = tl.fma(c, tl.load(own_numbers + s * BLOCK_L)[:, None], out)
+    return out
 
 
 @triton.jit
 def _finite_image_gradient(
-    views, gram_ptr, columns_ptr, own_rows, g_ptr, inv, var, cov, of_y, b, B, L, D, m1, m2,
-    EVEN: tl.constexpr, FORMAT: tl.constexpr, PART_TYPE: tl.constexpr,
+    views, gram_ptr, columns_ptr, own_numbers, matrices_ptr, g_ptr, inv, var, cov, of_y, b, B, L, D, m1, m2,
+    LISTED: tl.constexpr, EVEN: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of one image of a source.  own_rows (8, BLOCK_L): rows_ptr of the kernel, for this program."""
-    patch = tl.arange(0, BLOCK_L)
-    PARTS: tl.constexpr = 1 if FORMAT == "bf16" else 3 if FORMAT == "fp32" else 2
-    own, pairs, matched, other_matched = _matrices(
-        views, gram_ptr, own_rows, cov, of_y, b, B, m1, m2, patch, PART_TYPE, PARTS, BLOCK_L, BLOCK_N
-    )
-    own = round_to_format(own, FORMAT)
+    """Store the gradient of one image of a source.  own_numbers, matrices_ptr: this program's."""
+    PART_TYPE: tl.constexpr = matrices_ptr.dtype.element_ty
+    position = tl.arange(0, BLOCK_L)
+    row_ptr = (own_numbers + 6 * BLOCK_L).to(tl.pointer_type(tl.int32))
+    list_ptr = row_ptr + 2 * BLOCK_L
+    g_ptr += b * L * D
+    if LISTED:
+        store_list(views, list_ptr, row_ptr, of_y, b, B, m1, m2, BLOCK_N)
+        store_list(views, list_ptr + BLOCK_L, row_ptr + BLOCK_L, 1 - of_y, b, B, m1, m2, BLOCK_N)
+        tl.debug_barrier()
+        _store_zeros(g_ptr, patches(list_ptr, BLOCK_L, LISTED), L, D, 4 * BLOCK_D)
+    own, matched = own_matrix(
+        views, gram_ptr, own_numbers, cov, of_y, b, B, m1, m2, patches(list_ptr, BLOCK_L, LISTED),
+        PART_TYPE, PARTS, BLOCK_N,
+    )  # fmt: skip
+    matrices_ptr += position[:, None] * BLOCK_L + position[None, :]
+    own_ptr = matrices_ptr + 2 * BLOCK_L * BLOCK_L
+    store_parts(own_ptr, round_to_format(own, FORMAT), PARTS)
+    other_matches = tl.zeros((BLOCK_L,), tl.float32)
+    for kind in tl.static_range(2):
+        pairs = kind_pairs(views, kind, of_y, b, B, m1, m2, list_ptr, PART_TYPE, LISTED, BLOCK_L, BLOCK_N)
+        tl.store(matrices_ptr + kind * BLOCK_L * BLOCK_L, -pairs)
+        other_matches += tl.sum(pairs, 0)
+    if not LISTED:
+        store_read_patches(views, row_ptr, position, matched, of_y, b, B, m1)
+        store_read_patches(views, row_ptr + BLOCK_L, position, other_matches > 0, 1 - of_y, b, B, m1)
+    tl.debug_barrier()
     source = select_source(views, of_y)
     other_source = select_source(views, 1 - of_y)
     inverse_degrees = divide(1.0, m1 - 1)
     f_inv = (divide(inv[0], m1), divide(inv[1], m1))
-    # Rows that no match has count for nothing; they may not be finite, and a matched one takes their place.
-    matches = views.index_ptr + b * m1
-    row = tl.where(matched, patch, tl.load(matches + of_y * B * m1))
-    tl.store(own_rows + 6 * BLOCK_L + patch, row.to(tl.int32).to(tl.float32, bitcast=True))
-    other_row = tl.where(other_matched, patch, tl.load(matches + (1 - of_y) * B * m1))
-    tl.store(own_rows + 7 * BLOCK_L + patch, other_row.to(tl.int32).to(tl.float32, bitcast=True))
-    own_rows += patch
-    tl.debug_barrier()
+    f_var = (var[0] * inverse_degrees, var[1] * inverse_degrees)
+    f_cov = (cov[0] * inverse_degrees, cov[1] * inverse_degrees)
+    columns_ptr += b * 32 * D
+    own_numbers += position
+    row_ptr += position
+    set_of = tl.arange(0, 16) % 4
+    counts = tl.load(own_numbers[:, None] + (set_of * BLOCK_L)[None, :]).to(PART_TYPE)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        y = _load_patches(other_source, own_rows + 7 * BLOCK_L, b, d, D, EVEN)
-        zero = tl.zeros((BLOCK_D, BLOCK_L), tl.float32)
-        partners = (
-            _matmul_pairs(y, pairs[0], zero, PART_TYPE),
-            _matmul_pairs(y, pairs[1], zero, PART_TYPE),
-        )
-        x = _load_patches(source, own_rows + 6 * BLOCK_L, b, d, D, EVEN).to(tl.float32)
-        out = zero
-        for kind in tl.static_range(2):
-            count = tl.load(own_rows + (4 + kind) * BLOCK_L)
-            difference = tl.fma(x, count[None, :], partners[kind])
-            out = tl.fma(difference, f_inv[kind], out)
-        out, centre = _add_columns_terms(
-            out, x, columns_ptr + b * 32 * D, own_rows, var, cov, inverse_degrees, of_y, d, D, EVEN, BLOCK_L
-        )
-        o = round_to_format(x - centre[:, None], FORMAT)
-        out = _matmul(o, own, out, PART_TYPE, PARTS)
-        tl.store(
-            g_ptr + b * L * D + (patch[None, :] * D + d[:, None]),
-            out,
-            mask=(patch < L)[None, :] & (d < D)[:, None],
-        )
+        x = widened(_load_patches(source, row_ptr, b, d, D, EVEN), PTX)
+        zero = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+        # Where a match set's column is nearly constant, its w is large, and c w - b loses digits that a 16-bit gradient lacks.
+        if g_ptr.dtype.element_ty == tl.float32:
+            first_set = columns_ptr + of_y * 4 * D
+            centre = _load_column(first_set + 3 * D, d, D, EVEN) + _load_column(first_set, d, D, EVEN)
+            c = x - centre[None, :]
+            out = _exact_columns_terms(x, columns_ptr, own_numbers, f_var, f_cov, of_y, d, D, EVEN, BLOCK_L)
+        else:
+            w, of_means, centre = _columns_terms(columns_ptr, f_var, f_cov, of_y, d, D, PART_TYPE, EVEN)
+            c = x - centre[None, :]
+            out = dot(counts, of_means, c * dot(counts, w, zero))
+        stored, o = operand_of(c, FORMAT, PTX)
+        out = matmul_parts(own_ptr, stored if PARTS == 1 else o, out, PARTS)
+        y = _load_patches(other_source, row_ptr + BLOCK_L, b, d, D, EVEN)
+        for k in range(2):
+            of_kind = tl.load(matrices_ptr + k * BLOCK_L * BLOCK_L)
+            partners = _matmul_pairs(of_kind, y, zero)
+            count = tl.load(own_numbers + (4 + k) * BLOCK_L)
+            difference = tl.fma(x, count[:, None], partners)
+            out = tl.fma(difference, tl.where(k == 1, f_inv[1], f_inv[0]), out)
+        stored = position
+        inside = position < L
+        if LISTED:
+            stored = tl.load(row_ptr)
+            inside = tl.load(own_numbers + 4 * BLOCK_L) + tl.load(own_numbers + 5 * BLOCK_L) > 0
+        mask = inside[:, None] if EVEN else inside[:, None] & (d < D)[None, :]
+        tl.store(g_ptr + (stored[:, None] * D + d[None, :]), out, mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "m1", "m2"])
 def _vicregl_image_gradient_kernel(
-    views, gram_ptr, columns_ptr, rows_ptr, x_grad_ptr, y_grad_ptr, location, feature, scales, B, L1, L2, D, m1, m2,
-    EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr, EXACT_PRECISION: tl.constexpr, PART_TYPE: tl.constexpr,
+    views, gram_ptr, columns_ptr, patch_numbers_ptr, matrices_ptr, x_grad_ptr, y_grad_ptr,
+    location, feature, scales, B, L1, L2, D, m1, m2,
+    EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    EXACT_PRECISION: tl.constexpr, LISTED: tl.constexpr, PTX: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of one image of x or of y, BLOCK_D columns at a time.  Both directions have m1 = m2 matches.
 
+    LISTED: BLOCK_L is four times BLOCK_N, and patches without a match get zeros by themselves; else BLOCK_L is no less than L.
     x_grad_ptr, y_grad_ptr None: the source needs no gradient.  location, feature: Upstream of vicreg_backward.py.
-    rows_ptr (programs, 8, BLOCK_L): what this program knows of each patch, for itself; registers would not hold it all.
+    patch_numbers_ptr (programs, 10, BLOCK_L), matrices_ptr (programs, 5, BLOCK_L, BLOCK_L): what a program writes for itself;
+    registers would not hold it.
     An image with a match that is not finite is left to match_sets_gradient(): zero times infinity would be NaN here.
     """
     program = tl.program_id(0)
@@ -266,25 +263,28 @@ def _vicregl_image_gradient_kernel(
         b = program.to(tl.int64)
         g_ptr = y_grad_ptr if x_grad_ptr is None else x_grad_ptr
     L = tl.where(of_y == 1, L2, L1)
-    patch = tl.arange(0, BLOCK_L)
     inv = (_scaled(location.inv_ptr, scales.inv), _scaled(feature.inv_ptr, scales.inv))
     var = (_scaled(location.var_ptr, scales.var), _scaled(feature.var_ptr, scales.var))
     cov = (_scaled(location.cov_ptr, scales.cov), _scaled(feature.cov_ptr, scales.cov))
     total = tl.abs(inv[0]) + tl.abs(inv[1]) + tl.abs(var[0]) + tl.abs(var[1]) + tl.abs(cov[0]) + tl.abs(cov[1])
     finite = _is_finite(gram_ptr, total, b, B, m1, m2, BLOCK_N)
-    own_rows = rows_ptr + program.to(tl.int64) * 8 * BLOCK_L
+    own_numbers = patch_numbers_ptr + program.to(tl.int64) * 10 * BLOCK_L
+    PARTS: tl.constexpr = 1 if FORMAT == "bf16" else 3 if FORMAT == "fp32" else 2
+    matrices_ptr += program.to(tl.int64) * 5 * BLOCK_L * BLOCK_L
     if finite:
         _finite_image_gradient(
-            views, gram_ptr, columns_ptr, own_rows, g_ptr, inv, var, cov, of_y, b, B, L, D, m1, m2,
-            EVEN, FORMAT, PART_TYPE, BLOCK_L, BLOCK_N, BLOCK_D,
+            views, gram_ptr, columns_ptr, own_numbers, matrices_ptr, g_ptr, inv, var, cov, of_y, b, B, L, D, m1, m2,
+            LISTED, EVEN, FORMAT, PARTS, PTX, BLOCK_L, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         ROWS: tl.constexpr = FORMAT if g_ptr.dtype.element_ty == tl.bfloat16 else "fp32"
-        for start in range(0, D, 16):
-            d = start + tl.arange(0, 16)
-            out = match_sets_gradient(
-                views, gram_ptr, columns_ptr, location, feature, scales, of_y, b, patch, d, B, D, m1, m2,
-                True, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, EXACT_PRECISION, ROWS, BLOCK_N, 16, 4,
-            )  # fmt: skip
-            at = g_ptr + b * L * D + (patch[:, None] * D + d[None, :])
-            tl.store(at, out, mask=(patch < L)[:, None] & (d < D)[None, :])
+        for first in range(0, L, BLOCK_L):
+            patch = first + tl.arange(0, BLOCK_L)
+            for start in range(0, D, 16):
+                d = start + tl.arange(0, 16)
+                out = match_sets_gradient(
+                    views, gram_ptr, columns_ptr, location, feature, scales, of_y, b, patch, d, B, D, m1, m2,
+                    True, EVEN, FORMAT, OPERAND_TYPE, DOT_PRECISION, EXACT_PRECISION, ROWS, BLOCK_N, 16, 4,
+                )  # fmt: skip
+                at = g_ptr + b * L * D + (patch[:, None] * D + d[None, :])
+                tl.store(at, out, mask=(patch < L)[:, None] & (d < D)[None, :])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ...kernels import vicregl, vicregl_backward
@@ -22,7 +21,8 @@ MOST_MATCHES = 64
 # Columns at a time where each has one value; in the interpreter, which has no registers to run out of, one block.
 _COLUMNS, _COLUMNS_INTERPRETED = 64, 512
 # Patches and columns of the gradient kernel of whole images, and where it is used: on compute capability 8 and 12 it spills, or
-# is no faster by the model; on AMD GPUs a barrier may not order what a program writes to memory and reads again.  Fewer patches or columns do not pay for its matrices.
+# is no faster by the model; on AMD GPUs a barrier may not order what a program writes to memory and reads again.  Fewer patches
+# or columns do not pay for its matrices.  Of more patches those that have a match are listed.
 _IMAGE_BLOCK = 64
 _IMAGE_ARCHITECTURES = ("sm90", "sm100", "interpreter")
 
@@ -82,11 +82,18 @@ def _by_image(plan: Plan, sources: Sequence[Tensor], device: Device) -> bool:
         and dual
         and m1 == m2
         and block_n <= 32
-        and _IMAGE_BLOCK // 2 < patches <= _IMAGE_BLOCK
+        and patches > _IMAGE_BLOCK // 2
         and D >= 4 * _IMAGE_BLOCK
         and all(map(is_aligned, sources))
-        and sources[0].dtype != torch.float16  # spilled on compute capability 9.0
+        and _fits_image(sources[0].dtype, patches, device)
     )
+
+
+def _fits_image(dtype: torch.dtype, patches: int, device: Device) -> bool:
+    """Whether the gradient kernel of whole images has the registers: on compute capability 9.0 and 10.0 others spilled."""
+    if device == INTERPRETER:
+        return True
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and patches <= _IMAGE_BLOCK)
 
 
 def saved(
@@ -129,7 +136,8 @@ def terms(
     )
     rows = _column_rows(plan, sources, device)
     # Freed when the forward pass returns.
-    squares = torch.empty(8 * B, D, dtype=torch.float64, device=x.device)
+    squares_dtype = torch.float64 if matmul.format == "fp32" else torch.float32
+    squares = torch.empty(8 * B, D, dtype=squares_dtype, device=x.device)
     scratch = columns if columns.numel() else torch.empty(8 * B, rows, D, dtype=torch.float32, device=x.device)
     partials = torch.empty(2, 4 * B, 3, dtype=torch.float64, device=x.device)
     outputs = [torch.empty((), dtype=torch.float32, device=x.device) for _ in range(plan.outputs)]
@@ -142,7 +150,8 @@ def terms(
         scales=match_set_scales(_loss_weights(plan), B, D)[0],
         B=B, D=D, m1=m1, m2=m2, gamma=plan.gamma, eps=plan.eps,
         DUAL=dual, EVEN=_is_even(D, block_d, block_f, dual), FORMAT=matmul.format, OPERAND_TYPE=matmul.tl_dtype,
-        DOT_PRECISION=matmul.dot_precision, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, COLUMN_ROWS=rows,
+        DOT_PRECISION=matmul.dot_precision, PTX=device.arch.startswith("sm"),
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_F=block_f, COLUMN_ROWS=rows,
         BLOCK_S=_COLUMNS_INTERPRETED if device == INTERPRETER else _COLUMNS, **launch_options(device, config.warps),
     )  # fmt: skip
     return [*outputs, gram, columns]
@@ -189,11 +198,15 @@ def gradient(
     }  # fmt: skip
     if _by_image(plan, sources, device):
         programs = B * len(grads)
+        listed = max(source.shape[1] for source in sources) > _IMAGE_BLOCK
+        block_l = 4 * block_n if listed else _IMAGE_BLOCK
+        part = torch.float32 if device == INTERPRETER else torch.bfloat16
         vicregl_backward._vicregl_image_gradient_kernel[(programs,)](
-            **arguments, rows_ptr=torch.empty(programs, 8, _IMAGE_BLOCK, dtype=torch.float32, device=x.device),
-            EVEN=_is_even(D, _IMAGE_BLOCK, block_f, dual),
-            PART_TYPE=tl.float32 if device == INTERPRETER else tl.bfloat16,
-            BLOCK_L=_IMAGE_BLOCK, BLOCK_D=_IMAGE_BLOCK, **launch_options(device, warps=4),
+            **arguments,
+            patch_numbers_ptr=torch.empty(programs, 10, block_l, dtype=torch.float32, device=x.device),
+            matrices_ptr=torch.empty(programs, 5, block_l, block_l, dtype=part, device=x.device),
+            EVEN=_is_even(D, _IMAGE_BLOCK, block_f, dual), LISTED=listed, PTX=device.arch.startswith("sm"),
+            BLOCK_L=block_l, BLOCK_D=_IMAGE_BLOCK, **launch_options(device, warps=block_l // 16),
         )  # fmt: skip
         return [x_grad, y_grad]
     _, gradient_key = keys(plan, sources, matmul, device)
