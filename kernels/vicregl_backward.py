@@ -241,14 +241,14 @@ def _vicregl_image_gradient_kernel(
     views, gram_ptr, columns_ptr, patch_numbers_ptr, matrices_ptr, x_grad_ptr, y_grad_ptr,
     location, feature, scales, B, L1, L2, D, m1, m2,
     EVEN: tl.constexpr, FORMAT: tl.constexpr, OPERAND_TYPE: tl.constexpr, DOT_PRECISION: tl.constexpr,
-    EXACT_PRECISION: tl.constexpr, LISTED: tl.constexpr, PTX: tl.constexpr,
+    EXACT_PRECISION: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of one image of x or of y, BLOCK_D columns at a time.  Both directions have m1 = m2 matches.
 
     LISTED: BLOCK_L is four times BLOCK_N, and patches without a match get zeros by themselves; else BLOCK_L is no less than L.
     x_grad_ptr, y_grad_ptr None: the source needs no gradient.  location, feature: Upstream of vicreg_backward.py.
-    patch_numbers_ptr (programs, 10, BLOCK_L), matrices_ptr (programs, 5, BLOCK_L, BLOCK_L): what a program writes for itself;
+    patch_numbers_ptr (programs, 10, BLOCK_L), matrices_ptr (programs, 2 + PARTS, BLOCK_L, BLOCK_L): what a program writes for itself;
     registers would not hold it.
     An image with a match that is not finite is left to match_sets_gradient(): zero times infinity would be NaN here.
     """
@@ -269,8 +269,7 @@ def _vicregl_image_gradient_kernel(
     total = tl.abs(inv[0]) + tl.abs(inv[1]) + tl.abs(var[0]) + tl.abs(var[1]) + tl.abs(cov[0]) + tl.abs(cov[1])
     finite = _is_finite(gram_ptr, total, b, B, m1, m2, BLOCK_N)
     own_numbers = patch_numbers_ptr + program.to(tl.int64) * 10 * BLOCK_L
-    PARTS: tl.constexpr = 1 if FORMAT == "bf16" else 3 if FORMAT == "fp32" else 2
-    matrices_ptr += program.to(tl.int64) * 5 * BLOCK_L * BLOCK_L
+    matrices_ptr += program.to(tl.int64) * (2 + PARTS) * BLOCK_L * BLOCK_L
     if finite:
         _finite_image_gradient(
             views, gram_ptr, columns_ptr, own_numbers, matrices_ptr, g_ptr, inv, var, cov, of_y, b, B, L, D, m1, m2,

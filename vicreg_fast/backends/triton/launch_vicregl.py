@@ -84,6 +84,7 @@ def _by_image(plan: Plan, sources: Sequence[Tensor], device: Device) -> bool:
         and block_n <= 32
         and patches > _IMAGE_BLOCK // 2
         and D >= 4 * _IMAGE_BLOCK
+        and patches * D < 2**31  # its offsets within an image's gradient are 32-bit
         and all(map(is_aligned, sources))
         and _fits_image(sources[0].dtype, patches, device)
     )
@@ -201,11 +202,12 @@ def gradient(
         listed = max(source.shape[1] for source in sources) > _IMAGE_BLOCK
         block_l = 4 * block_n if listed else _IMAGE_BLOCK
         part = torch.float32 if device == INTERPRETER else torch.bfloat16
+        parts = {"bf16": 1, "fp32": 3}.get(matmul.format, 2)
         vicregl_backward._vicregl_image_gradient_kernel[(programs,)](
             **arguments,
             patch_numbers_ptr=torch.empty(programs, 10, block_l, dtype=torch.float32, device=x.device),
-            matrices_ptr=torch.empty(programs, 5, block_l, block_l, dtype=part, device=x.device),
-            EVEN=_is_even(D, _IMAGE_BLOCK, block_f, dual), LISTED=listed, PTX=device.arch.startswith("sm"),
+            matrices_ptr=torch.empty(programs, 2 + parts, block_l, block_l, dtype=part, device=x.device),
+            EVEN=_is_even(D, _IMAGE_BLOCK, block_f, dual), LISTED=listed, PARTS=parts, PTX=device.arch.startswith("sm"),
             BLOCK_L=block_l, BLOCK_D=_IMAGE_BLOCK, **launch_options(device, warps=block_l // 16),
         )  # fmt: skip
         return [x_grad, y_grad]
