@@ -212,39 +212,6 @@ def test_what_is_not_finite_stays_in_its_rows(value: float) -> None:
         assert not truth[0, 3].isfinite().all()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:All-NaN slice encountered:RuntimeWarning"
-)  # of the rows that are not finite
-@pytest.mark.parametrize(
-    ("kind", "patches"),  # all patches of an image, or those that have a match
-    [
-        *((kind, (49, 50)) for kind in ("highest", "high", "medium")),
-        ("highest", (70, 65)),
-        ("float16", (70, 65)),
-    ],
-)
-def test_gradient_of_whole_images(kind: str, patches: tuple[int, int], launches: Launches) -> None:
-    """The kernel that multiplies patches; rows of images that are not finite, and rows that no match has, do not spread."""
-    dtype, precision, unit = KINDS[kind]
-    maps = maps_of(2, patches, 256, dtype=dtype)
-    locations = [torch.rand(2, P, 2) for P in patches]
-    assert_parity(maps, locations, (20, 20), False, precision, unit, scale=2.0**10)
-    assert launches[-1].name == "vicregl_image_gradient"
-    maps[0][0, 3, 7] = float("nan")
-    gradients = []
-    for backend in ("triton", "reference"):
-        x, y = (z.clone().requires_grad_() for z in maps)
-        losses = VICRegLLoss(20, 0.0, backend=backend, precision=precision).local_loss(x, y, *locations)
-        gradients += [torch.autograd.grad(losses["location/loss"], (x, y))]
-    for actual, truth in zip(*gradients, strict=True):
-        assert torch.equal(actual.isnan(), truth.isnan())
-        error = (actual.double() - truth.double()).nan_to_num().norm()
-        rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 32 * U  # of both gradients
-        assert (
-            error <= (2 * unit + rounding) * truth.double().nan_to_num().norm()
-        )  # M and o are rounded by a unit each
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_an_infinite_first_match_gives_an_infinite_invariance() -> None:
     """Rows of a block beyond the matches are copies of the first one: infinity times zero would be NaN."""
